@@ -1,0 +1,1 @@
+"""Models at rest: checkpoints in, checkpoints out."""

@@ -1,0 +1,238 @@
+"""A module under DeepSpeed ZeRO: one step forward, and its whole training state by name.
+
+The only file that imports deepspeed. Names that DeepSpeed keeps private are used in `_states` and `_link` alone;
+tests/test_engine.py fails first when a release moves them (checked with 0.19.8).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from distill import world
+from growth.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KEYS = ("master", *MOMENTS)  # what the state of one parameter consists of
+
+
+class NonFinite(UserError):
+    """A loss or a gradient that is not finite; the weights are those before the step."""
+
+
+def _deepspeed():
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even by a process that runs alone
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # Its shared-memory collectives compile for a minute, and a killed build leaves a lock that hangs every later start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def config(spec, optim, micro_batch: int) -> dict:
+    """What DeepSpeed is told; the recipe's own `deepspeed:` block is laid over it."""
+    accumulation = optim.batch // (micro_batch * world.size())
+    told = {
+        "train_batch_size": optim.batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip,  # absent would mean 1.0
+        "zero_optimization": {"stage": spec.zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if spec.precision != "fp32":
+        told[spec.precision] = {"enabled": True}
+    return _overlay(told, spec.deepspeed)
+
+
+def _overlay(below: dict, above: dict) -> dict:
+    both = {
+        k: _overlay(v, above[k]) if isinstance(v, dict) and isinstance(above.get(k), dict) else above.get(k, v)
+        for k, v in below.items()
+    }
+    return {**above, **both}
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters: matrices decay, vectors (biases, norm gains) do not."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Engine:
+    """`module` under ZeRO. `engine(...)` runs it; then `backward` for each micro-batch, then one `step`."""
+
+    def __init__(self, module: nn.Module, spec, optim, micro_batch: int):
+        world.start()
+        deepspeed = _deepspeed()
+        self.stage, self.precision, self.clip = spec.zero, spec.precision, optim.clip
+        self._linear = nn.functional.linear  # stage 3 replaces it for the whole process
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(
+            decay_groups(module, optim.weight_decay), lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True
+        )
+        exact = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad and self._rounds}
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=adamw, config=config(spec, optim, micro_batch), dist_init_required=False
+        )
+        self._base.state.clear()  # stage 0 in low precision has taken an empty step by now, and counted it
+        self.accumulation = self.engine.gradient_accumulation_steps()
+        if self._rounds:  # else the float32 masters would start from rounded weights
+            self.load_state(lambda name, key: exact[name] if key == "master" else None, step=0)
+
+    def __call__(self, *args):
+        return self.engine(*args)
+
+    @property
+    def device(self):
+        return self.engine.device
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is this rank's share of the global mean; DeepSpeed divides by ranks and accumulation, undone here."""
+        self.engine.backward(loss * (world.size() * self.accumulation))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # between micro-batches this only counts
+
+    def step(self, lr: float) -> float:
+        """Clip, update, zero the gradients; returns the norm before clipping. NonFinite leaves the weights untouched."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._plain_norm() if self._is_plain else None
+        skipped = self.engine.skipped_steps
+        self.engine.step()
+        if self.engine.skipped_steps > skipped:
+            raise NonFinite("a gradient is not finite; the step was not taken")
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    # --- the whole training state, by name ---------------------------------------------------------------------------
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every trainable parameter, in the order of `state`."""
+        return {name: tuple(p.ds_shape if self.stage == 3 else p.shape) for name, p in self._trainable()}
+
+    def state(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, full float32 tensor) of every trainable parameter for one of KEYS, on every rank, one at a time.
+
+        Collective: all ranks must exhaust it together. Before the first step the moments are zero.
+        """
+        self._link()
+        for name, p in self._trainable():
+            yield name, self._get(p, key)
+
+    def load_state(self, read: Callable[[str, str], Tensor | None], step: int) -> None:
+        """Put back what `state` gave: `read(name, key)` returns a full tensor, or None to leave the moment at zero."""
+        for flat in self._flat_masters():
+            self._base.state[flat] = {
+                "step": torch.tensor(float(step), device=flat.device),
+                **{key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS},
+            }
+        self._link()
+        for name, p in self._trainable():
+            for key in KEYS:
+                value = read(name, key)
+                if value is not None:
+                    self._set(p, key, value.to(self.device, torch.float32))
+
+    def close(self) -> None:
+        """Give back what DeepSpeed took from the process; the engine is of no use afterwards."""
+        self.engine.destroy()
+        nn.functional.linear = self._linear
+
+    def _trainable(self):
+        named = dict(self.engine.module.named_parameters())
+        return ((name, named[name]) for name in self.names)
+
+    @property
+    def _rounds(self) -> bool:
+        return self.precision != "fp32"
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.stage == 0 and self.precision == "fp32"
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        """The torch optimizer below DeepSpeed's wrapper."""
+        return self.engine.optimizer if self._is_plain else self.engine.optimizer.optimizer
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The tensors that the torch optimizer really updates: flat partitions under ZeRO, else one a parameter."""
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._base.param_groups for p in group["params"]]
+
+    def _link(self) -> None:
+        """Let stages 1 and 2 find the moments of a parameter inside the flat partition.
+
+        DeepSpeed does it once, after the first group's first step, when the second group has no moments yet.
+        """
+        if self.stage in (1, 2) and self._base.state:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _master(self, p: nn.Parameter) -> Tensor:
+        """Stage 0: the float32 copy of one parameter."""
+        if self._is_plain:
+            return p
+        wrapper = self.engine.optimizer
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return next(high for lows, highs in pairs for low, high in zip(lows, highs, strict=True) if low is p)
+
+    def _get(self, p: nn.Parameter, key: str) -> Tensor:
+        slot = None if key == "master" else key
+        if slot and not self._base.state:
+            return torch.zeros(p.ds_shape if self.stage == 3 else p.shape)
+        if self.stage == 3:
+            return p._z3_optimizer.get_full_hp_param(p, slot).cpu()
+        if self.stage:
+            return p.get_full_hp_param(slot).cpu()
+        master = self._master(p)
+        return (self._base.state[master][slot] if slot else master).detach().cpu()
+
+    def _set(self, p: nn.Parameter, key: str, value: Tensor) -> None:
+        slot = None if key == "master" else key
+        if self.stage == 3:
+            p._z3_optimizer.set_local_hp_param(self._shard(p, value), p, slot)
+        elif self.stage:
+            p.set_full_hp_param(value, slot)
+        else:
+            master = self._master(p)
+            (self._base.state[master][slot] if slot else master).data.copy_(value)
+        if not slot:
+            self._set_low_precision(p, value)
+
+    def _shard(self, p: nn.Parameter, value: Tensor) -> Tensor:
+        """Stage 3 keeps `ceil(numel / ranks)` elements a rank, the last ones padded."""
+        n = p.ds_tensor.numel()
+        return nn.functional.pad(value.flatten(), (0, n * world.size() - value.numel())).narrow(0, n * world.rank(), n)
+
+    def _set_low_precision(self, p: nn.Parameter, value: Tensor) -> None:
+        """The copy that the forward pass reads: DeepSpeed's setters leave it as it was until the next step."""
+        if self.stage == 3:
+            with _deepspeed().zero.GatheredParameters([p], modifier_rank=0):
+                if world.rank() == 0:
+                    p.data.copy_(value)
+        else:
+            p.data.copy_(value)
+
+    def _plain_norm(self) -> float:
+        """Stage 0 in float32 is bare torch: nothing below us would refuse a gradient that is not finite."""
+        grads = [p.grad for _, p in self._trainable() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if norm != norm or norm == float("inf"):
+            self.engine.zero_grad()
+            raise NonFinite("a gradient is not finite; the step was not taken")
+        return norm

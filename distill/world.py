@@ -1,0 +1,116 @@
+"""Who else is running: ranks, barriers, and work that one rank does for all. Plain torch.distributed, no DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from growth.errors import UserError
+
+T = TypeVar("T")
+STORE = "DISTILL_STORE"  # a file that the ranks of `distill run --ranks N` meet through: no port to collide on
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def device():
+    """This rank's GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start() -> None:
+    """Join the process group: a launcher's, the one of `DISTILL_STORE`, or a group of one. A second call does nothing."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
+    store, method = None, "env://"
+    if size() == 1 and "MASTER_ADDR" not in os.environ:
+        store, method = dist.HashStore(), None
+    elif STORE in os.environ:
+        store, method = dist.FileStore(os.environ[STORE], size()), None
+    dist.init_process_group(
+        # gloo stays for CPU tensors, so that small agreements need no device
+        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=method,
+        store=store,
+        rank=rank(),
+        world_size=size(),
+        timeout=timedelta(minutes=30),
+    )
+
+
+def barrier() -> None:
+    if size() > 1:
+        agree(0.0)
+
+
+def agree(*values: float) -> list[float]:
+    """The sums of these numbers over all ranks, in float64."""
+    if size() == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    start()
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def first(work: Callable[[], T]) -> T | None:
+    """Rank 0 does `work`, the others wait; if it fails, every rank fails (the others with a plain message)."""
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except BaseException as error:  # the others must not be left waiting, whatever it was
+            failure = error
+    raise_together(failure)
+    return result
+
+
+def raise_together(failure: BaseException | None) -> None:
+    """Raise on every rank if any rank failed: the rank's own error there, a plain one elsewhere."""
+    (failed,) = agree(float(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError("stopped: another rank failed, its message stands above")
+
+
+@contextmanager
+def stop_signal():
+    """Yield a function that says whether SIGTERM has come. The second one ends the process at once."""
+    came = []
+
+    def note(number, frame):
+        if came:
+            os._exit(128 + number)
+        came.append(number)
+
+    previous = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

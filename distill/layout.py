@@ -1,0 +1,107 @@
+"""From a batch with segment numbers to what a model's forward takes: masks and positions, per family.
+
+A row holds one document, padded (a plain mask does), or several, packed: then every token sees its own document only
+and positions start again with each, so that outputs are those of the documents alone. Which families can do that, and
+how, is the table; tests/test_layout.py proves each row of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from growth.errors import UserError
+
+
+class Layout(NamedTuple):
+    """What a family's forward needs."""
+
+    packed: str | None  # how rows of several documents are masked: by positions, a 4-D mask, or one mask a layer type
+    positions: bool = True  # it takes position_ids
+    skip: bool = False  # its positions start behind the padding index (RoBERTa)
+    cache: bool = False  # it would fill a key-value cache unless told not to
+
+
+DECODER = Layout("positions", cache=True)  # transformers makes the mask itself where positions start again
+LAYOUTS = {
+    "bert": Layout("mask"),
+    "roberta": Layout("mask", skip=True),
+    "distilbert": Layout(None, positions=False),  # always counts positions from the start of the row
+    "modernbert": Layout("masks"),
+    "t5": Layout("mask", positions=False),  # relative positions: the same inside a document wherever it stands
+    "gpt2": DECODER,
+    "gpt_neox": DECODER,
+    "llama": DECODER,
+    "qwen2": DECODER,
+    "qwen3": DECODER,
+    "mistral": DECODER,
+    "gemma2": DECODER,
+}
+UNKNOWN = Layout(None, positions=False)
+
+
+def packable(config) -> bool:
+    """Whether several documents may share a row without seeing each other."""
+    return _layout(config).packed is not None
+
+
+def inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keyword arguments of the model's forward for a batch of input_ids [B, T] and segment_ids [B, T]."""
+    segments, config = batch["segment_ids"], model.config
+    layout = _layout(config)
+    known = {"input_ids": batch["input_ids"]}
+    if layout.positions:
+        known["position_ids"] = positions(segments) + (config.pad_token_id + 1 if layout.skip else 0)
+    if layout.cache:
+        known["use_cache"] = False
+    if bool((segments > 1).any()):
+        return known | _packed(layout, model, segments)
+    return known | {"attention_mask": (segments > 0).long()}
+
+
+def positions(segments: Tensor) -> Tensor:
+    """0, 1, 2 ... within each run of equal segment numbers: [B, T] -> [B, T]."""
+    place = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return place - torch.where(starts, place, 0).cummax(1).values
+
+
+def _layout(config) -> Layout:
+    layout = LAYOUTS.get(config.model_type, UNKNOWN)
+    if layout in (LAYOUTS["bert"], LAYOUTS["roberta"]) and config.is_decoder:
+        return layout._replace(packed=None)  # the 4-D mask would show it the future
+    return layout
+
+
+def _packed(layout: Layout, model: nn.Module, segments: Tensor) -> dict[str, Tensor]:
+    config = model.config
+    if layout.packed is None:
+        raise UserError(f"{config.model_type} cannot keep packed documents apart; corpora need packed: false")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise UserError(f"packed rows need sdpa or eager attention, not {config._attn_implementation}")
+    if layout.packed == "positions":
+        return {}  # a mask of any kind would switch transformers' own separation off
+    together = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, T]; padding sees padding: no NaN
+    if layout.packed == "mask":
+        return {"attention_mask": _as(together, model)}
+    place = torch.arange(segments.shape[1], device=segments.device)
+    near = (place[:, None] - place[None, :]).abs() <= config.sliding_window
+    return {
+        "attention_mask": {
+            "full_attention": _as(together, model),
+            "sliding_attention": _as(together & near, model),
+        }
+    }
+
+
+def _as(mask: Tensor, model: nn.Module) -> Tensor:
+    """A boolean mask in the form of the attention implementation: eager adds it to the scores."""
+    if model.config._attn_implementation == "sdpa":
+        return mask
+    # the least finite number, as transformers has it: with minus infinity a row without keys would be NaN
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(model.dtype).min
+    )

@@ -1,0 +1,318 @@
+"""Taps: the query, key, value and hidden states of any layer, taken while a transformers model runs.
+
+Every family hands its attention to one interface of transformers. While a tapped block runs, the model's attention
+implementation is one of ours under a name of our own, which records what it gets and delegates to the original: no
+`output_attentions`, no hook per architecture, outputs equal to the bit. Values are those attention uses: after
+rotary embedding and query-key norms, keys and values with as many heads as the model has of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from distill import layout
+from growth.errors import UserError, did_you_mean
+
+IN_ATTENTION = ("query", "key", "value")
+ROLES = (*IN_ATTENTION, "hidden")
+PREFIX = "distill_"
+IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+class Tap(NamedTuple):
+    """One thing to listen to; layer 0 is the first block, -1 the last; hidden i is the output of block i."""
+
+    role: str
+    layer: int
+
+
+class Seen(dict):
+    """Tap as asked -> tensor; `scaling`: layer as asked -> the factor on the attention scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaling: dict[int, float] = {}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass hands to the objectives: tapped tensors, and the logits of the rows asked for [N, V]."""
+
+    taps: dict[Tap, Tensor]
+    scaling: dict[int, float]
+    logits: Tensor | None = None
+
+
+@contextmanager
+def tap(model: nn.Module, taps: Iterable[tuple[str, int]]) -> Iterator[Seen]:
+    """Fill the mapping handed out with the tapped tensors of each forward pass of `model` inside the block.
+
+    query [B, Hq, T, d], key and value [B, Hkv, T, d], hidden [B, T, D]. Gradients flow through them. A second forward
+    pass replaces the tensors of the first.
+    """
+    base, seen = _base(model), Seen()
+    listeners = _listeners(base, [Tap(*t) for t in taps], seen)
+    with ExitStack() as undo:
+        for block, listener in listeners.items():
+            _attach(block, listener, undo)
+        undo.callback(base.register_forward_pre_hook(lambda *_: _begin(seen, listeners.values())).remove)
+        undo.callback(base.register_forward_hook(lambda *_: _finish(model, listeners.values())).remove)
+        try:
+            yield seen
+        finally:
+            for listener in listeners.values():
+                listener.armed = False
+
+
+def trace(model: nn.Module, batch: dict[str, Tensor], wanted: Iterable[Tap], rows: Tensor | None = None) -> Trace:
+    """One forward pass over a batch; `rows` are the flat positions b*T+t whose logits are wanted.
+
+    Without rows the head does not run. With rows the model's own head runs on those positions alone, whatever it is
+    made of (a transform, a tied decoder, capped or scaled logits).
+    """
+    inputs = layout.inputs(model, batch)
+    with tap(model, wanted) as seen:
+        if rows is None:
+            model.base_model(**inputs)
+            return Trace(dict(seen), seen.scaling)
+        with _only(model, rows):
+            logits = model(**inputs, return_dict=True).logits[0]  # [N, V]
+    return Trace(dict(seen), seen.scaling, logits)
+
+
+@contextmanager
+def _only(model: nn.Module, rows: Tensor) -> Iterator[None]:
+    """The head sees the last hidden states [B, T, D] of the given flat positions only, as one row [1, N, D]."""
+    if model.base_model is model:
+        raise UserError(f"{type(model).__name__} has no language-model head, so there are no logits to take")
+
+    def select(module, arguments, output):
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[rows][None]  # [1, N, D]
+        return output
+
+    hook = model.base_model.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class Keep(torch.autograd.Function):
+    """Identity that saves its input and reads it back in backward.
+
+    Under activation checkpointing the read makes the recomputation run before ZeRO-3 gathers the projection's weight
+    for its backward; the other way round, recomputation frees the weight that was just gathered (measured: a crash).
+    """
+
+    @staticmethod
+    def forward(ctx, value):
+        ctx.save_for_backward(value)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _ = ctx.saved_tensors
+        return gradient
+
+
+@dataclass(eq=False)
+class Listener:
+    """What is wanted of one block, and where it goes; armed during the outer forward pass only."""
+
+    seen: Seen
+    asked: dict[str, list[int]] = field(default_factory=dict)  # role -> the layer, under each name it was asked by
+    armed: bool = False
+    heard: bool = True  # of this run of the block; a second call of the interface would be cross attention
+
+    def attention(self, values: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+        """What attention is to go on with: the same values, through `Keep` where they are tapped."""
+        if self.heard:
+            return values
+        self.heard = True
+        kept = {r: Keep.apply(v) if r in self.asked and torch.is_grad_enabled() else v for r, v in values.items()}
+        for role in self.asked.keys() & kept.keys():
+            self.record(role, kept[role])
+            if self.armed:
+                self.seen.scaling.update(dict.fromkeys(self.asked[role], scaling))
+        return kept
+
+    def record(self, role: str, value: Tensor) -> None:
+        if self.armed:
+            self.seen.update({Tap(role, layer): value for layer in self.asked.get(role, ())})
+
+    def missing(self) -> list[Tap]:
+        return [Tap(r, layer) for r, layers in self.asked.items() for layer in layers if Tap(r, layer) not in self.seen]
+
+
+class _Stack(threading.local):
+    """The listeners of the block that is running, in this thread (CUDA recomputes in a thread of its own)."""
+
+    def __init__(self):
+        self.listeners: list[Listener] = []
+
+
+_running = _Stack()
+
+
+def _begin(seen: Seen, listeners: Iterable[Listener]) -> None:
+    seen.clear()
+    for listener in listeners:
+        listener.armed = True
+
+
+def _finish(model: nn.Module, listeners: Iterable[Listener]) -> None:
+    """After this, whatever runs again is a recomputation."""
+    for listener in listeners:
+        listener.armed = False
+        if missing := listener.missing():
+            raise UserError(
+                f"{type(model).__name__} cannot be tapped for {missing[0].role}: the attention of layer "
+                f"{missing[0].layer} does not pass through the attention interface of transformers"
+            )
+
+
+def _base(model: nn.Module) -> nn.Module:
+    if not hasattr(model, "base_model"):
+        raise UserError(f"tap takes a transformers model, not a {type(model).__name__} (a wrapper's inside, perhaps?)")
+    config = model.config
+    if config.is_encoder_decoder:
+        raise UserError(f"{type(model).__name__} has an encoder and a decoder; load its encoder alone (T5EncoderModel)")
+    if config.model_type == "gpt2" and config.reorder_and_upcast_attn and config._attn_implementation == "eager":
+        raise UserError("GPT-2 with reorder_and_upcast_attn cannot be tapped: its attention is outside the interface")
+    return model.base_model
+
+
+def blocks(base: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a base model, first to last."""
+    found = [b for child in base.children() for b in _outermost(child)]
+    if len(found) != base.config.num_hidden_layers:
+        raise UserError(
+            f"{type(base).__name__} cannot be tapped: {len(found)} blocks were found for its "
+            f"{base.config.num_hidden_layers} layers (layers that share weights have no numbers of their own)"
+        )
+    return found
+
+
+def _outermost(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, GradientCheckpointingLayer):
+        return [module]
+    return [b for child in module.children() for b in _outermost(child)]
+
+
+def _listeners(base: nn.Module, taps: list[Tap], seen: Seen) -> dict[nn.Module, Listener]:
+    found, listeners = blocks(base), {}
+    for role, layer in taps:
+        if role not in ROLES:
+            raise UserError(f"no tap {role!r}{did_you_mean(role, ROLES)}; there are {', '.join(ROLES)}")
+        if not -len(found) <= layer < len(found):
+            raise UserError(f"no layer {layer}: {type(base).__name__} has the layers 0 to {len(found) - 1}")
+        listener = listeners.setdefault(found[layer], Listener(seen))
+        listener.asked.setdefault(role, []).append(layer)
+    return listeners
+
+
+def _attach(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
+    if listener.asked.keys() & set(IN_ATTENTION):
+        replace = _replaying if block.gradient_checkpointing and block.training else _listening
+        replace(block, listener, undo)
+    if "hidden" in listener.asked:
+        hook = block.register_forward_hook(lambda module, arguments, output: listener.record("hidden", _first(output)))
+        undo.callback(hook.remove)
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _listening(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
+    """Listen whenever the block runs."""
+    before = block.forward
+    own = "forward" in vars(block)
+    block.forward = _heard(before, block, listener)
+    undo.callback(setattr, block, "forward", before) if own else undo.callback(delattr, block, "forward")
+
+
+def _replaying(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
+    """Listen to what the checkpoint runs, now and again in backward, when the tap may long be over."""
+    checkpoint = block._gradient_checkpointing_func
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
+        raise UserError(
+            "re-entrant activation checkpointing cuts the gradient of tapped tensors; switch it on with "
+            'activation_checkpointing_enable({"use_reentrant": False})'
+        )
+    block._gradient_checkpointing_func = lambda run, *inputs: checkpoint(_heard(run, block, listener), *inputs)
+    undo.callback(setattr, block, "_gradient_checkpointing_func", checkpoint)
+
+
+def _heard(run: Callable, block: nn.Module, listener: Listener) -> Callable:
+    configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}.values()
+
+    def heard(*args, **kwargs):
+        listener.heard = False
+        _running.listeners.append(listener)
+        try:
+            with _switched(configs):
+                return run(*args, **kwargs)
+        finally:
+            _running.listeners.remove(listener)
+            listener.heard = True
+
+    return heard
+
+
+@contextmanager
+def _switched(configs: Iterable) -> Iterator[None]:
+    """Attention through our implementation for the duration."""
+    before = [(config, config._attn_implementation) for config in configs]
+    for config, name in before:
+        config._attn_implementation = _ours(name)
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def _ours(name: str) -> str:
+    if name.removeprefix(PREFIX) not in IMPLEMENTATIONS:
+        raise UserError(f"attention implementation {name!r} cannot be tapped; {', '.join(IMPLEMENTATIONS)} can")
+    return PREFIX + name.removeprefix(PREFIX)
+
+
+def _recording(name: str) -> Callable:
+    def attention(module, query, key, value, *args, **kwargs):
+        values = dict(zip(IN_ATTENTION, (query, key, value), strict=True))
+        scaling = kwargs.get("scaling")
+        for listener in _running.listeners:
+            values = listener.attention(values, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        ours, module.config._attn_implementation = module.config._attn_implementation, name  # flash reads it there
+        try:
+            return _original(module, name)(module, *values.values(), *args, **kwargs)
+        finally:
+            module.config._attn_implementation = ours
+
+    return attention
+
+
+def _original(module: nn.Module, name: str) -> Callable:
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return sys.modules[type(module).__module__].eager_attention_forward  # every family has its own
+
+
+# The mask function stands under the same name: a mask made inside a block would otherwise be lost without a word.
+for _name in IMPLEMENTATIONS:
+    AttentionInterface.register(PREFIX + _name, _recording(_name))
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])

@@ -1,0 +1,92 @@
+"""Packed or padded, on either side: a document gets the same outputs."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+
+from distill import layout
+from growth.errors import UserError
+
+CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
+DOCUMENTS = [[13, 3, 1, 9], [9, 14], [12]]  # a window of 5, one token alone, and padding behind two of the rows
+LENGTH = 27
+
+
+def documents(batch):
+    """Each document of a packed batch in a padded row of its own."""
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    found = [ids[r][segments[r] == s] for r in range(len(ids)) for s in range(1, int(segments[r].max()) + 1)]
+    rows = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=tiny.PAD)
+    lengths = torch.tensor([len(d) for d in found])
+    return {"input_ids": rows, "segment_ids": (torch.arange(rows.shape[1]) < lengths[:, None]).long()}
+
+
+def outputs(model, batch):
+    """Of the real tokens: [N, D]."""
+    return model(**layout.inputs(model, batch))[0][batch["segment_ids"] > 0]
+
+
+@pytest.mark.parametrize(("family", "attention"), [c for c in CASES if c[0] != "distilbert"])
+def test_packed_documents_do_not_see_each_other(family, attention):
+    model, packed = tiny.model(family, attention=attention), tiny.batch(DOCUMENTS, LENGTH)
+    assert layout.packable(model.config)
+    alone = outputs(model, documents(packed))
+    assert (outputs(model, packed) - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("window", [{"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_windows_keep_to_their_document(family, window):
+    model, packed = tiny.model(family, **window), tiny.batch(DOCUMENTS, LENGTH)
+    assert "sliding_attention" in model.config.layer_types
+    assert_close(outputs(model, packed), outputs(model, documents(packed)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_padding_on_the_right_is_what_transformers_does_by_itself(family, attention):
+    model, batch = tiny.model(family, attention=attention), tiny.batch([[13], [4], [1]], 13)
+    alone = model(input_ids=batch["input_ids"], attention_mask=batch["segment_ids"])[0]
+    assert torch.equal(outputs(model, batch), alone[batch["segment_ids"] > 0])
+
+
+@pytest.mark.parametrize(("family", "attention"), [c for c in CASES if c[0] != "distilbert"])
+def test_padding_on_the_left_changes_nothing(family, attention):
+    model = tiny.model(family, attention=attention)
+    left, right = (tiny.batch([[13], [4], [1]], 13, side=side) for side in ("left", "right"))
+    assert_close(outputs(model, left), outputs(model, right), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [[[5, 4], [3]], [[5], [3]]])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_padding_poisons_no_gradient(family, packed):
+    model, batch = tiny.model(family), tiny.batch(packed, 12)
+    if family == "distilbert":
+        batch = documents(batch)
+    outputs(model, batch).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_positions_start_again_with_each_document():
+    segments = torch.tensor([[1, 1, 2, 3, 3, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 2]])
+    assert layout.positions(segments).tolist() == [[0, 1, 0, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3, 4, 0]]
+
+
+def test_a_family_without_position_ids_refuses_packed_rows():
+    model = tiny.model("distilbert")
+    assert not layout.packable(model.config)
+    with pytest.raises(UserError, match="distilbert cannot keep packed documents apart"):
+        layout.inputs(model, tiny.batch(DOCUMENTS, LENGTH))
+
+
+def test_a_bert_that_decodes_is_not_packed():
+    assert not layout.packable(tiny.config("bert", is_decoder=True))
+
+
+def test_packed_rows_are_refused_under_an_attention_that_was_not_proven():
+    model = tiny.model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match="need sdpa or eager attention, not flash_attention_2"):
+        layout.inputs(model, tiny.batch(DOCUMENTS, LENGTH))

@@ -1,0 +1,235 @@
+"""Taps: what attention really used, without a trace in what the model computes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch.testing import assert_close
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from distill import taps
+from distill.taps import ROLES, Tap, tap, trace
+from growth.errors import UserError
+
+CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
+WITH_HEAD = [(f, a) for f, a in CASES if tiny.head(f)]
+EVERY = [Tap(role, layer) for role in ROLES for layer in range(tiny.LAYERS)]
+HEADS_TOGETHER = {  # where the heads' outputs, side by side, go into the output projection
+    "bert": "attention.output.dense", "roberta": "attention.output.dense", "distilbert": "attention.out_lin",
+    "modernbert": "attn.Wo", "gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "t5": "layer.0.SelfAttention.o",
+}  # fmt: skip
+PADDED = ([[11], [7], [1]], 11)
+
+
+def outputs(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=(batch["segment_ids"] > 0).long())[0]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_a_tapped_model_says_the_same_to_the_bit_and_keeps_nothing(family, attention, side):
+    model = tiny.model(family, tiny.head(family), attention=attention)
+    batch = tiny.batch(*PADDED, side=side)
+    before = outputs(model, batch)
+    with tap(model, EVERY) as seen:
+        during = outputs(model, batch)
+    assert torch.equal(during, before) and set(seen) == set(EVERY)
+    assert model.config._attn_implementation == attention
+    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def attend(model, layer, batch, seen):
+    """Attention written out, from what was tapped: [B, T, H d]."""
+    config, real = model.config, batch["segment_ids"] > 0
+    q, k, v = (seen[role, layer].detach() for role in taps.IN_ATTENTION)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * seen.scaling[layer]  # [B, H, T, T]
+    if config.model_type == "t5":
+        scores = scores + model.encoder.block[0].layer[0].SelfAttention.compute_bias(*scores.shape[-2:])
+    if config.model_type == "gemma2":
+        scores = config.attn_logit_softcapping * torch.tanh(scores / config.attn_logit_softcapping)
+    return (scores.masked_fill(~sees(config, layer, real), -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def sees(config, layer, real):
+    place = torch.arange(real.shape[1])
+    back = place[:, None] - place[None, :]
+    allowed = real[:, None, None, :]
+    family = config.model_type
+    if family not in ("bert", "roberta", "distilbert", "modernbert", "t5"):
+        allowed = allowed & (back >= 0)
+    if family == "modernbert" and config.layer_types[layer] == "sliding_attention":
+        allowed = allowed & (back.abs() <= config.local_attention // 2)
+    if family == "mistral" or (family == "gemma2" and config.layer_types[layer] == "sliding_attention"):
+        allowed = allowed & (back < config.sliding_window)
+    return allowed
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_attention_written_out_from_the_tapped_values_is_the_layers_own(family, attention, layer):
+    model, batch = tiny.model(family, attention=attention), tiny.batch(*PADDED, side="left")
+    block, together = taps.blocks(model)[layer], []
+    output = block.get_submodule(HEADS_TOGETHER.get(family, "self_attn.o_proj"))
+    output.register_forward_pre_hook(lambda module, arguments: together.append(arguments[0]))
+    with tap(model, [(role, layer) for role in taps.IN_ATTENTION]) as seen:
+        outputs(model, batch)
+    real = batch["segment_ids"] > 0
+    assert_close(attend(model, layer, batch, seen)[real], together[0][real], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_heads_of_a_tapped_value_are_those_of_the_model(family):
+    model = tiny.model(family)
+    with tap(model, [("query", 0), ("key", 0)]) as seen:
+        outputs(model, tiny.batch(*PADDED))
+    kv_heads = tiny.KV_HEADS if family in ("llama", "qwen2", "qwen3", "mistral", "gemma2") else tiny.HEADS
+    head = tiny.HEAD if family in ("qwen3", "gemma2", "t5") else tiny.HIDDEN // tiny.HEADS
+    assert seen["query", 0].shape == (3, tiny.HEADS, 11, head) and seen["key", 0].shape == (3, kv_heads, 11, head)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_hidden_i_is_the_output_of_block_i(family):
+    model, batch = tiny.model(family), tiny.batch(*PADDED)
+    with tap(model, [("hidden", 0), ("hidden", -2), ("hidden", 2)]) as seen:
+        states = model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
+    assert torch.equal(seen["hidden", 0], states[1])
+    assert torch.equal(seen["hidden", 2], states[3]) and seen["hidden", -2] is seen["hidden", 2]
+
+
+@pytest.mark.parametrize(("family", "attention"), WITH_HEAD)
+def test_the_logits_of_rows_are_those_of_the_whole_head(family, attention):
+    model = tiny.model(family, tiny.head(family), attention=attention)
+    batch, rows = tiny.batch(*PADDED), torch.tensor([22, 4, 17, 4])
+    whole = outputs(model, batch).flatten(0, 1)
+    got = trace(model, batch, [("value", -1)], rows=rows)
+    assert_close(got.logits, whole[rows], atol=1e-5, rtol=1e-5)
+    assert trace(model, batch, [], rows=rows[:0]).logits.shape == (0, tiny.VOCAB)
+
+
+def test_without_rows_the_head_does_not_run():
+    model, ran = tiny.model("bert", "mlm"), []
+    model.cls.register_forward_hook(lambda *_: ran.append(1))
+    got = trace(model, tiny.batch(*PADDED), [("query", -1)])
+    assert not ran and got.logits is None and list(got.taps) == [("query", -1)]
+    assert got.scaling == {-1: pytest.approx((tiny.HIDDEN // tiny.HEADS) ** -0.5)}
+
+
+def test_rows_of_a_model_without_a_head_are_refused():
+    with pytest.raises(UserError, match="BertModel has no language-model head"):
+        trace(tiny.model("bert"), tiny.batch(*PADDED), [], rows=torch.tensor([0]))
+
+
+def gradients(model, batch, checkpointing):
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    torch.manual_seed(0)  # the same dropout
+    with tap(model, [Tap(r, layer) for r in ROLES for layer in (0, -1)]) as seen:
+        last = model(input_ids=batch["input_ids"])[0]
+    recorded = dict(seen)
+    (sum(value.square().mean() for value in seen.values()) + last.square().mean()).backward()
+    assert all(seen[t] is recorded[t] for t in recorded)  # recomputation did not record again
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint.*")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_activation_checkpointing_changes_no_gradient_of_tapped_values(family):
+    batch = tiny.batch(*PADDED)
+    plain, recomputed = (gradients(tiny.model(family).double(), batch, c) for c in (False, True))
+    assert plain.keys() == recomputed.keys() and any("q" in n or "attn" in n for n in plain)
+    for name, gradient in plain.items():
+        assert_close(recomputed[name], gradient, atol=1e-9, rtol=1e-9)
+
+
+def test_gradients_through_a_tap_are_those_through_the_projection():
+    model, batch = tiny.model("bert"), tiny.batch(*PADDED)
+    projected = []
+    query = model.encoder.layer[2].attention.self.query
+    hook = query.register_forward_hook(lambda module, arguments, output: projected.append(output))
+    with tap(model, [("query", 2)]) as seen:
+        outputs(model, batch)
+    hook.remove()
+    tapped = torch.autograd.grad(seen["query", 2].pow(3).sum(), query.weight, retain_graph=True)
+    assert_close(tapped, torch.autograd.grad(projected[0].pow(3).sum(), query.weight))
+
+
+def test_a_new_forward_pass_replaces_the_tensors_of_the_one_before():
+    model = tiny.model("llama", "causal")
+    with tap(model, [("key", 1)]) as seen:
+        outputs(model, tiny.batch([[5]], 5))
+        first = seen["key", 1]
+        outputs(model, tiny.batch([[5]], 5, seed=1))
+    assert seen["key", 1].shape == first.shape and not torch.equal(seen["key", 1], first)
+
+
+def test_a_teacher_leaves_no_graph():
+    model = tiny.model("bert").requires_grad_(False)
+    assert not any(value.requires_grad for value in trace(model, tiny.batch(*PADDED), EVERY).taps.values())
+
+
+def test_a_failing_forward_leaves_the_model_as_it_was():
+    model = tiny.model("bert")
+    with pytest.raises(IndexError), tap(model, EVERY):
+        model(input_ids=torch.tensor([[tiny.VOCAB]]))
+    model.encoder.layer[1].intermediate.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), tap(model, EVERY):
+        outputs(model, tiny.batch(*PADDED))
+    assert model.config._attn_implementation == "sdpa" and not taps._running.listeners
+
+
+def test_tapping_costs_less_than_a_millisecond():
+    model, wanted = tiny.model("llama", num_hidden_layers=32), [Tap(r, layer) for r in ROLES for layer in (0, -1)]
+
+    def once():
+        start = time.perf_counter()
+        with tap(model, wanted):
+            pass
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(30)) < 1e-3
+
+
+def test_every_implementation_has_a_mask_function_under_our_name():
+    ours = {taps.PREFIX + name for name in taps.IMPLEMENTATIONS}
+    assert ours <= set(ALL_ATTENTION_FUNCTIONS) and ours <= set(ALL_MASK_ATTENTION_FUNCTIONS)
+
+
+def small(stem, **sizes):
+    return getattr(transformers, stem + "Config")(vocab_size=31, num_hidden_layers=2, **sizes)
+
+
+SHARED = small("Albert", hidden_size=12, embedding_size=8, num_attention_heads=2, intermediate_size=16)
+OUTSIDE = transformers.GPTJConfig(vocab_size=31, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
+CAPPED = tiny.config("gpt2", reorder_and_upcast_attn=True)
+CAPPED._attn_implementation = "eager"
+REFUSED = [
+    (lambda: transformers.AlbertModel(SHARED), "query", 0, "AlbertModel cannot be tapped: .* share weights"),
+    (lambda: transformers.GPTJModel(OUTSIDE), "query", 0, "GPTJModel cannot be tapped.*does not pass through"),
+    (lambda: transformers.T5Model(tiny.config("t5")), "query", 0, "load its encoder alone"),
+    (lambda: transformers.GPT2Model(CAPPED), "query", 0, "reorder_and_upcast_attn"),
+    (lambda: tiny.model("bert"), "queries", 0, "no tap 'queries'; did you mean 'query'"),
+    (lambda: tiny.model("bert"), "query", 4, "layers 0 to 3"),
+    (lambda: torch.nn.Linear(2, 3), "query", 0, "not a Linear"),
+]
+
+
+@pytest.mark.parametrize(("build", "role", "layer", "reason"), REFUSED)
+def test_what_cannot_be_tapped_is_refused_by_name_with_the_reason(build, role, layer, reason):
+    model = build()
+    with pytest.raises(UserError, match=reason), tap(model, [(role, layer)]):
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint.*")
+def test_reentrant_checkpointing_is_refused():
+    model = tiny.model("llama").train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UserError, match="re-entrant"), tap(model, [("query", -1)]):
+        pass

@@ -1,1 +1,8 @@
 """Models at rest: checkpoints in, checkpoints out."""
+
+from growth.checkpoint import Checkpoint, open, write
+from growth.cut import cut
+from growth.depth import insert, stack
+from growth.inspect import inspect
+
+__all__ = ["Checkpoint", "cut", "insert", "inspect", "open", "stack", "write"]

@@ -1,0 +1,140 @@
+"""A Hugging Face directory as a lazy mapping from names to tensors, one file or shards, checked when it is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from growth.errors import UserError
+from growth.files import digest, read_json
+from growth.ranges import Entry, blocks, header, inside, torch_dtype
+from growth.writer import CONFIG, INDEX, SINGLE, write
+
+__all__ = ["Checkpoint", "Entry", "open", "write"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VOLATILE = {"transformers_version", "_name_or_path"}  # config keys that say nothing about the model
+
+
+class Checkpoint(Mapping[str, Entry]):
+    """`checkpoint[name]` is where a tensor lies, `checkpoint.tensor(name)` is the tensor."""
+
+    def __init__(self, path: Path, config: dict[str, Any], files: list[Path], entries: dict[str, Entry]):
+        self.path, self.config, self.files, self._entries = path, config, files, entries
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<checkpoint {self.path}: {len(self)} tensors in {len(self.files)} files>"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.values())
+
+    def tensor(self, name: str):
+        """A view into the file (private: writing to it changes nothing on the disk)."""
+        import torch
+
+        entry, dtype = self[name], torch_dtype(self[name].dtype)
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        raw = torch.frombuffer(self._maps[entry.file], dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+        aligned = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()
+        return aligned.view(dtype).reshape(entry.shape)
+
+    @cached_property
+    def _maps(self) -> dict[Path, mmap.mmap]:
+        return {path: _map(path) for path in self.files}
+
+    def check_values(self) -> None:
+        """Refuse tensors with NaN or infinity, by name."""
+        wrong = [name for name in self if not _finite(self.tensor(name))]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise UserError(f"{self.path}: {wrong[0]}{more} not finite (NaN or infinity)")
+
+    def digest(self) -> str:
+        """sha256 of what the model is: its config, and name, dtype, shape and bytes of every tensor in name order.
+
+        How the tensors are spread over files does not matter, nor which version of transformers wrote them.
+        """
+        kept = {key: value for key, value in self.config.items() if key not in VOLATILE}
+        state = hashlib.sha256(digest(kept).encode())
+        for name, entry in sorted(self.items()):
+            state.update(json.dumps([name, entry.dtype, entry.shape]).encode())
+            for block in blocks(entry):
+                state.update(block)
+        return state.hexdigest()
+
+    def header_digest(self) -> str:
+        """sha256 of the names, types and shapes alone: instant, for the lineage."""
+        return digest({name: [entry.dtype, entry.shape] for name, entry in self.items()})
+
+
+def open(path: str | Path) -> Checkpoint:
+    """Read config.json and all headers of a checkpoint directory, and check that they tell one consistent story."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a checkpoint directory")
+    config = read_json(inside(path, CONFIG))
+    if not isinstance(config, dict):
+        raise UserError(f"{path / CONFIG}: an object is expected")
+    entries = _indexed(path) if not (path / SINGLE).exists() and (path / INDEX).exists() else _single(path)
+    if not entries:
+        raise UserError(f"{path} holds no tensors")
+    return Checkpoint(path, config, sorted({entry.file for entry in entries.values()}), entries)
+
+
+def _single(path: Path) -> dict[str, Entry]:
+    if os.path.lexists(path / SINGLE):
+        return header(inside(path, SINGLE))
+    pickles = sorted(found.name for pattern in PICKLES for found in path.glob(pattern))
+    if pickles:
+        raise UserError(f"{path} holds only pickle ({pickles[0]}), which can run code: convert it to safetensors")
+    raise UserError(f"{path} has neither {SINGLE} nor {INDEX}")
+
+
+def _indexed(path: Path) -> dict[str, Entry]:
+    index = read_json(inside(path, INDEX))
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise UserError(f"{path / INDEX}: 'weight_map' from tensor to file name is expected")
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(where.values())):
+        found = header(inside(path, file))
+        _compare(path, file, found, where)
+        entries.update(found)
+    return entries
+
+
+def _compare(path: Path, file: str, found: Mapping[str, Entry], where: Mapping[str, str]) -> None:
+    for name in found:
+        if name not in where:
+            raise UserError(f"{path / file} holds {name}, which {INDEX} does not list")
+        if where[name] != file:
+            raise UserError(f"{path / file} holds {name}, which {INDEX} places in {where[name]}")
+    lost = next((name for name, place in where.items() if place == file and name not in found), None)
+    if lost:
+        raise UserError(f"{path / file} lacks {lost}, which {INDEX} places there")
+
+
+def _finite(tensor) -> bool:
+    parts = tensor.reshape(-1).split(1 << 22)
+    return all(bool((part.float() if part.itemsize == 1 else part).isfinite().all()) for part in parts)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

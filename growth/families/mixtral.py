@@ -1,0 +1,20 @@
+"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): Mistral with experts, which are an axis in names like layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from growth.families.mistral import MISTRAL
+
+# fmt: off
+BLOCK = {name: row for name, row in MISTRAL.body["layers.{layers}."].items() if not name.startswith("mlp.")}
+MIXTRAL = replace(
+    MISTRAL,
+    name="Mixtral", model_type="mixtral",
+    sizes={**MISTRAL.sizes, "experts": "num_local_experts"},
+    body={**MISTRAL.body, "layers.{layers}.": {
+        **BLOCK,
+        "block_sparse_moe.gate": "experts <- embed",
+        "block_sparse_moe.experts.{experts}.": {"w1": "ffn <- embed", "w2": "embed <- ffn", "w3": "ffn <- embed"},
+    }},
+)

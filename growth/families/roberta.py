@@ -1,0 +1,24 @@
+"""RoBERTa (Liu et al. 2019, arXiv 1907.11692): BERT's body with heads of its own; positions start behind padding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from growth.families.bert import BERT
+
+# fmt: off
+ROBERTA = replace(
+    BERT,
+    name="RoBERTa", model_type="roberta", prefixes=("roberta.",),
+    heads=dict(
+        lm={"lm_head.dense":      "transform <- embed + bias",
+            "lm_head.layer_norm": "transform + bias",
+            "lm_head.bias":       "vocab",
+            "lm_head.decoder":    "vocab <- transform + bias"},
+        sequence={"classifier.dense":    "pool <- embed + bias",
+                  "classifier.out_proj": "labels <- pool + bias"},
+        tokens={"classifier": "labels <- embed + bias"},
+        qa={"qa_outputs": "labels <- embed + bias"},
+    ),
+    tied={"lm_head.decoder.weight": "embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"},
+)

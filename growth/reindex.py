@@ -1,0 +1,115 @@
+"""The one engine of growth: a checkpoint and maps of its axes give a stream of tensors and a new config.
+
+Nothing is computed where a map only copies: then a tensor is the byte range of its source.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from growth.anatomy import Anatomy
+from growth.checkpoint import Checkpoint
+from growth.errors import UserError
+from growth.families.table import Slot
+from growth.maps import Layers, Mix
+from growth.ranges import BYTES, torch_dtype
+from growth.writer import Computed, Entry, Fill, Piece
+
+NEVER_PER_LAYER = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens"}
+
+
+def config_after(anatomy: Anatomy, maps: Mapping[str, Layers]) -> dict[str, Any]:
+    """The config through the same maps: sizes, and the lists that hold one value per layer."""
+    family, config = anatomy.family, anatomy.config
+    _refuse_by_index(anatomy, maps)
+    _refuse_unknown_lists(anatomy)
+    new = family.resized(config, {axis: len(layers) for axis, layers in maps.items()})
+    for key in family.per_layer if "layers" in maps else ():
+        values = getattr(family.view(config), key)  # what an absent list means depends on the index: write it out
+        new[key] = [values[old] for old in maps["layers"].main]
+    return new
+
+
+def _refuse_by_index(anatomy: Anatomy, maps: Mapping[str, Layers]) -> None:
+    moved = any(layers.main[i] != i for axis, layers in maps.items() for i in range(len(layers)))
+    key = next((key for key in anatomy.family.by_index if getattr(anatomy.family.view(anatomy.config), key)), None)
+    if moved and key:
+        raise UserError(f"config.json sets {key}: its layers depend on their number, so they cannot change places")
+
+
+def _refuse_unknown_lists(anatomy: Anatomy) -> None:
+    depths = {anatomy.sizes[axis] for axis in anatomy.family.depth}
+    known = {*NEVER_PER_LAYER, *anatomy.family.per_layer}
+    for key, value in anatomy.config.items():
+        if isinstance(value, list) and len(value) in depths and key not in known:
+            raise UserError(
+                f"config.json: {key} holds one value per layer, as it seems; if so, add it to per_layer in"
+                f" growth/families/{anatomy.family.model_type}.py"
+            )
+
+
+def reindex(
+    checkpoint: Checkpoint, anatomy: Anatomy, maps: Mapping[str, Layers]
+) -> tuple[dict[str, Any], Iterator[tuple[str, Piece]]]:
+    """The new config, and the new tensors in the order of the table."""
+    config = config_after(anatomy, maps)
+    return config, _stream(checkpoint, anatomy, config, maps)
+
+
+def _stream(checkpoint: Checkpoint, anatomy: Anatomy, config: Mapping[str, Any], maps: Mapping[str, Layers]):
+    sources = {slot.key: name for slot, name in anatomy.places.items()}
+    rows = {slot.row.name for slot in anatomy.places}
+    writers = {row.name for row in anatomy.family.writers()}
+    for slot in anatomy.family.slots(config, anatomy.prefix).values():
+        terms = [(sources.get((slot.row.name, slot.part, at)), weight) for at, weight in _origins(slot, maps)]
+        like = next((checkpoint[name] for name, _ in terms if name), None)
+        if slot.row.name in writers and _silent(slot, maps):
+            yield slot.name, Fill(like.dtype, like.shape, -1.0 if anatomy.family.gain == "1+w" else 0.0)
+        elif like is None and slot.row.name in rows and slot.part != ".bias":
+            yield slot.name, _neutral_gain(checkpoint, anatomy, slot)
+        elif like is not None:
+            yield slot.name, _piece(checkpoint, [(name, weight) for name, weight in terms if name])
+
+
+def _origins(slot: Slot, maps: Mapping[str, Layers]) -> list[tuple[tuple, float]]:
+    """Where on the axes of its name a tensor comes from, with weights."""
+    choices: list[Mix] = [maps[axis].sources[i] if axis in maps else ((i, 1.0),) for axis, i in slot.at]
+    axes = [axis for axis, _ in slot.at]
+    return [
+        (tuple(zip(axes, (old for old, _ in mix), strict=True)), math.prod(weight for _, weight in mix))
+        for mix in itertools.product(*choices)
+    ]
+
+
+def _silent(slot: Slot, maps: Mapping[str, Layers]) -> bool:
+    return any(axis in maps and i in maps[axis].silent for axis, i in slot.at)
+
+
+def _neutral_gain(checkpoint: Checkpoint, anatomy: Anatomy, slot: Slot) -> Fill:
+    """ModernBERT's first block has no norm of its own; its copies elsewhere get one that changes no scale."""
+    like = next(checkpoint[name] for place, name in anatomy.places.items() if place.row.name == slot.row.name)
+    return Fill(like.dtype, like.shape, 0.0 if anatomy.family.gain == "1+w" else 1.0)
+
+
+def _piece(checkpoint: Checkpoint, terms: list[tuple[str, float]]) -> Piece:
+    name, weight = terms[0]
+    entry: Entry = checkpoint[name]
+    if len(terms) == 1 and weight == 1.0:
+        return entry
+    return Computed(entry.dtype, entry.shape, lambda: _mixed(checkpoint, terms))
+
+
+def _mixed(checkpoint: Checkpoint, terms: list[tuple[str, float]]):
+    """In float32 (or wider), cast once."""
+    import torch
+
+    dtype = torch_dtype(checkpoint[terms[0][0]].dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return sum(checkpoint.tensor(name).to(wide) * weight for name, weight in terms).to(dtype)
+
+
+def bytes_after(pieces: list[tuple[str, Piece]]) -> int:
+    return sum(BYTES[piece.dtype] * math.prod(piece.shape) for _, piece in pieces)

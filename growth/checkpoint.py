@@ -112,8 +112,9 @@ def _indexed(path: Path) -> dict[str, Entry]:
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"{path / INDEX}: 'weight_map' from tensor to file name is expected")
     entries: dict[str, Entry] = {}
-    for file in sorted(set(where.values())):
-        found = header(inside(path, file))
+    safe = {file: inside(path, file) for file in sorted(set(where.values()))}  # all of them before any is opened
+    for file, place in safe.items():
+        found = header(place)
         _compare(path, file, found, where)
         entries.update(found)
     return entries

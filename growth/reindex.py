@@ -61,17 +61,17 @@ def reindex(
 
 def _stream(checkpoint: Checkpoint, anatomy: Anatomy, config: Mapping[str, Any], maps: Mapping[str, Layers]):
     sources = {slot.key: name for slot, name in anatomy.places.items()}
-    rows = {slot.row.name for slot in anatomy.places}
     writers = {row.name for row in anatomy.family.writers()}
     for slot in anatomy.family.slots(config, anatomy.prefix).values():
-        terms = [(sources.get((slot.row.name, slot.part, at)), weight) for at, weight in _origins(slot, maps)]
-        like = next((checkpoint[name] for name, _ in terms if name), None)
-        if slot.row.name in writers and _silent(slot, maps):
-            yield slot.name, Fill(like.dtype, like.shape, -1.0 if anatomy.family.gain == "1+w" else 0.0)
-        elif like is None and slot.row.name in rows and slot.part != ".bias":
-            yield slot.name, _neutral_gain(checkpoint, anatomy, slot)
-        elif like is not None:
-            yield slot.name, _piece(checkpoint, [(name, weight) for name, weight in terms if name])
+        origins = [(sources.get((slot.row.name, slot.part, at)), weight) for at, weight in _origins(slot, maps)]
+        terms = [(name, weight) for name, weight in origins if name]
+        if not terms and slot.row.not_everywhere:
+            terms = [(name, 1.0) for key, name in sources.items() if key[:2] == slot.key[:2]][:1]
+            yield from ((slot.name, _neutral(checkpoint[name], anatomy, slot)) for name, _ in terms)
+        elif terms and slot.row.name in writers and _silent(slot, maps):
+            yield slot.name, _zero(checkpoint[terms[0][0]], anatomy)
+        elif terms:
+            yield slot.name, _piece(checkpoint, terms)
 
 
 def _origins(slot: Slot, maps: Mapping[str, Layers]) -> list[tuple[tuple, float]]:
@@ -88,10 +88,15 @@ def _silent(slot: Slot, maps: Mapping[str, Layers]) -> bool:
     return any(axis in maps and i in maps[axis].silent for axis, i in slot.at)
 
 
-def _neutral_gain(checkpoint: Checkpoint, anatomy: Anatomy, slot: Slot) -> Fill:
+def _zero(like: Entry, anatomy: Anatomy) -> Fill:
+    """What makes a branch add nothing: zero, which a gain of 1 + w holds as -1."""
+    return Fill(like.dtype, like.shape, -1.0 if anatomy.family.gain == "1+w" else 0.0)
+
+
+def _neutral(like: Entry, anatomy: Anatomy, slot: Slot) -> Fill:
     """ModernBERT's first block has no norm of its own; its copies elsewhere get one that changes no scale."""
-    like = next(checkpoint[name] for place, name in anatomy.places.items() if place.row.name == slot.row.name)
-    return Fill(like.dtype, like.shape, 0.0 if anatomy.family.gain == "1+w" else 1.0)
+    plain = slot.part == ".weight" and anatomy.family.gain == "w"
+    return Fill(like.dtype, like.shape, 1.0 if plain else 0.0)
 
 
 def _piece(checkpoint: Checkpoint, terms: list[tuple[str, float]]) -> Piece:

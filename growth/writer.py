@@ -152,8 +152,11 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Any]], limit: in
 
 
 def _shards(tensors: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:
-    shard, filled = [], 0
+    shard, filled, seen = [], 0, set()
     for name, piece in tensors:
+        if name in seen:
+            raise UserError(f"tensor {name} is to be written twice")
+        seen.add(name)
         nbytes = _facts(piece)[2]
         if shard and filled + nbytes > limit:
             yield shard
@@ -188,8 +191,6 @@ def _write_shard(path: Path, shard: list[tuple[str, Any]]) -> dict[str, int]:
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, piece in shard:
         dtype, shape, nbytes = _facts(piece)
-        if name in header:
-            raise UserError(f"tensor {name} is to be written twice")
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

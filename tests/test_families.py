@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from tiny_families import CONFIGS, classes, config_of
 from transformers.core_model_loading import revert_weight_conversion
 
 from growth import axes
@@ -16,35 +17,6 @@ from growth.errors import UserError
 from growth.families import FAMILIES, of
 from growth.ranges import Entry
 
-# Sizes are pairwise distinct, so that no two axes can be taken for one another.
-LLAMA = dict(
-    **dict(vocab_size=53, hidden_size=48, intermediate_size=41, num_hidden_layers=4, max_position_embeddings=37),
-    **dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10),
-)
-SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=1)
-BERT = dict(
-    **dict(vocab_size=53, hidden_size=30, num_attention_heads=5, intermediate_size=41, num_hidden_layers=3),
-    **dict(max_position_embeddings=37, type_vocab_size=4),
-)
-CONFIGS = {
-    "bert": BERT,
-    "roberta": BERT,
-    "distilbert": dict(vocab_size=53, dim=30, n_heads=5, hidden_dim=41, n_layers=3, max_position_embeddings=37),
-    "modernbert": {**BERT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 1, "num_hidden_layers": 4},
-    "gpt2": dict(vocab_size=53, n_embd=30, n_head=5, n_inner=41, n_layer=2, n_positions=37, **SPECIAL),
-    "gpt_neox": {**BERT, **SPECIAL, "num_hidden_layers": 4},
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "gemma2": LLAMA,
-    "olmo2": {**LLAMA, **SPECIAL},
-    "mixtral": {**LLAMA, "num_local_experts": 5},
-    "t5": dict(
-        **dict(vocab_size=53, d_model=30, num_heads=5, d_kv=4, d_ff=41, num_layers=2, num_decoder_layers=3),
-        **dict(relative_attention_num_buckets=31),
-    ),
-}
 VARIANTS = {
     "bert": [dict(tie_word_embeddings=False)],
     "modernbert": [dict(attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True, decoder_bias=False)],
@@ -56,18 +28,6 @@ VARIANTS = {
     "olmo2": [dict(attention_bias=True)],
     "t5": [dict(feed_forward_proj="gated-gelu")],
 }
-
-
-def config_of(model_type, **changes):
-    return transformers.AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
-
-
-def classes(model_type):
-    """Every PyTorch class that transformers builds from this config."""
-    kind = type(config_of(model_type))
-    modeling = __import__(f"transformers.models.{model_type}.modeling_{model_type}", fromlist=["x"])
-    found = [getattr(modeling, name) for name in modeling.__all__]
-    return [c for c in found if getattr(c, "config_class", None) is kind and not c.__name__.endswith("PreTrainedModel")]
 
 
 CASES = [

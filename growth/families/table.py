@@ -43,6 +43,10 @@ class Row:
         with_bias = view.holds(self.spec.bias) if isinstance(self.spec.bias, str) else self.spec.bias
         return [".weight", ".bias"] if with_bias else [".weight"]
 
+    @property
+    def not_everywhere(self) -> bool:
+        return ">" in self.name
+
     def dims(self, part: str) -> Dims:
         return (self.spec.out,) if part == ".bias" else self.spec.dims
 

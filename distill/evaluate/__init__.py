@@ -1,0 +1,150 @@
+"""What a checkpoint is worth: rows of models, columns of metrics, every number with its noise. No torch until it runs.
+
+A metric is a frozen value with `better`, `check(bench)` (whatever makes it impossible, before any model is loaded) and
+`measure(subjects, bench)` (a score or None for each). A new one is a file here and a line in `METRICS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill.evaluate import machine
+from distill.evaluate.agreement import Agreement, Divergence
+from distill.evaluate.heldout import HeldoutLoss
+from distill.evaluate.probe import Probe
+from distill.evaluate.score import Score
+from distill.evaluate.speed import Speed
+from distill.evaluate.sts import Sts
+from growth.console import bar
+from growth.errors import UsageError, did_you_mean
+from growth.files import write_json
+
+RESULT = "evaluation.json"  # in the directory of the stage; everything a report is made of
+
+
+class Metric(Protocol):
+    title: str  # the heading of its column
+    better: str  # high, low or none
+    digits: int
+    quality: bool  # a property of the model, not of the machine
+
+    def note(self, bench) -> str: ...
+    def check(self, bench) -> None: ...
+    def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]: ...
+
+
+METRICS: dict[str, Metric] = {
+    "probe": Probe(),
+    "agreement": Agreement(),
+    "kl": Divergence(),
+    "heldout_loss": HeldoutLoss(),
+    "sts": Sts(),
+    "speed": Speed(),
+}
+
+# words of a label or reference -> role; the first that stands in either wins, anything else is a student
+ROLES = {
+    "teacher": "teacher",
+    "assistant": "assistant",
+    "scratch": "scratch",
+    "twin": "scratch",
+    "baseline": "baseline",
+    "start": "baseline",
+    "untrained": "baseline",
+}
+
+
+def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
+    """Measure the rows of an evaluate stage on every seed; writes evaluation.json, returns its rows.
+
+    `contexts` holds one context a seed. A row that is the same checkpoint for all of them is measured once.
+    """
+    from distill.evaluate.bench import Bench, Subjects
+
+    began = time.perf_counter()
+    metrics = dict(map(_metric, spec.on))
+    subjects = Subjects(contexts[0].corpus(spec.data))
+    teacher = spec.teacher or _teacher(spec.rows)
+    bench = Bench(subjects.corpus, teacher and subjects.at(contexts[0].model(teacher)))
+    rows = {label: _once([subjects.at(c.model(reference)) for c in contexts]) for label, reference in spec.rows.items()}
+    for metric in metrics.values():
+        metric.check(bench)
+    scores = _measure(metrics, subjects.all(), bench)
+    result = {
+        "metrics": {name: _described(metric, bench) for name, metric in metrics.items()},
+        "rows": [_row(label, spec.rows[label], teacher, rows[label], metrics, scores) for label in rows],
+        **machine.facts(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    write_json(Path(directory) / RESULT, result)
+    return result["rows"]
+
+
+def role(label: str, reference: str, teacher: str | None) -> str:
+    """teacher, student, baseline, scratch or assistant: by what the row is called, then by what it is."""
+    if reference == teacher:
+        return "teacher"
+    return next((ROLES[word] for text in (label, reference) for word in ROLES if word in text.lower()), "student")
+
+
+def _metric(entry: str | dict[str, dict[str, Any]]) -> tuple[str, Metric]:
+    """`probe`, or `{sts: {path: pairs.jsonl}}`: a metric with other fields."""
+    ((name, fields),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
+    if name not in METRICS:
+        raise UsageError(f"no metric {name!r}{did_you_mean(name, METRICS)}; there are {', '.join(METRICS)}")
+    known = [field.name for field in dataclasses.fields(METRICS[name])]
+    if strange := sorted(set(fields) - set(known)):
+        raise UsageError(f"{name}: no key {strange[0]!r}{did_you_mean(strange[0], known)}; it has {', '.join(known)}")
+    return name, dataclasses.replace(METRICS[name], **fields)
+
+
+def _teacher(rows: dict[str, str]) -> str | None:
+    return next((reference for label, reference in rows.items() if role(label, reference, None) == "teacher"), None)
+
+
+def _once(subjects: list) -> list:
+    """One for each seed, or a single one where all are the same directory."""
+    return subjects[:1] if len({subject.path for subject in subjects}) == 1 else subjects
+
+
+def _measure(metrics: dict[str, Metric], subjects: list, bench) -> dict[str, dict]:
+    """metric -> subject -> score; metric by metric, so that at most one model is in memory (two for kl)."""
+    with bar(len(metrics) * len(subjects), "evaluate") as advance:
+        scores: dict[str, dict] = {}
+        for name, metric in metrics.items():
+            scores[name] = {}
+            for subject, score in zip(subjects, metric.measure(subjects, bench), strict=True):
+                scores[name][subject.key] = score
+                advance(1, note=f"{name} of {subject.path.name}")
+        return scores
+
+
+def _described(metric: Metric, bench) -> dict:
+    facts = {name: getattr(metric, name) for name in ("title", "better", "digits", "quality")}
+    return {**facts, "note": metric.note(bench)}
+
+
+def _row(label: str, reference: str, teacher: str | None, seeds: list, metrics: dict, scores: dict) -> dict:
+    measured = {name: [scores[name][subject.key] for subject in seeds] for name in metrics}
+    return {
+        "name": label,
+        "role": role(label, reference, teacher),
+        "reference": reference,
+        "params": seeds[0].parameters,
+        "metrics": {name: _summary(metrics[name], found) for name, found in measured.items() if None not in found},
+    }
+
+
+def _summary(metric: Metric, scores: list[Score]) -> dict:
+    """`error`: the standard error of one value; the seeds share their test items, so it does not shrink with them."""
+    values, errors = [score.value for score in scores], [score.error for score in scores]
+    return {
+        "mean": sum(values) / len(values),
+        "seeds": values,
+        "better": metric.better,
+        "error": None if None in errors else sum(errors) / len(errors),
+    }

@@ -1,0 +1,150 @@
+"""Model cards: what an exported directory is, in the form that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from growth import console
+from growth.files import read_json, write_text
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+PIPELINES = {"ForMaskedLM": "fill-mask", "ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells; `table` and `worth` are those of the report."""
+
+    name: str
+    about: str
+    recipe: str
+    stage: dict  # as the recipe has it
+    teachers: dict[str, list[str]]  # name -> where it comes from
+    corpus: dict = field(default_factory=dict)  # name, source, digest
+    training: dict = field(default_factory=dict)  # steps, tokens, seconds, frozen: as far as they are known
+    table: str = ""
+    worth: list[str] = field(default_factory=list)
+
+
+def write_all(run: Path, report: dict) -> None:
+    """A card for the model of every training stage and seed of a run."""
+    for stage in report["stages"]:
+        for directory in sorted([run / stage["id"], *run.glob(f"{stage['id']}@*")]):
+            if (directory / "model" / "config.json").is_file():
+                card(directory / "model", facts(run, directory, stage, report))
+
+
+def facts(run: Path, directory: Path, stage: dict, report: dict) -> Facts:
+    from distill.report import markdown_table, sentences, table
+
+    train = stage["train"]
+    state = directory / "stage.json"
+    manifest = run / "corpora" / train["data"] / "manifest.json"
+    return Facts(
+        name=f"{report['recipe']}-{directory.name}",
+        about=report["about"],
+        recipe=report["recipe"],
+        stage=stage,
+        teachers={name: _sources(target["from"], report["models"]) for name, target in train["targets"].items()},
+        corpus={
+            "name": train["data"],
+            "source": report["corpora"][train["data"]]["source"],
+            "digest": read_json(manifest).get("digest", "") if manifest.is_file() else "",
+        },
+        training=(read_json(state).get("metrics") or {}) if state.is_file() else {},
+        table=markdown_table(*table(report, mark="**")),
+        worth=sentences(report),
+    )
+
+
+def _sources(reference: str, models: dict) -> list[str]:
+    """Where a teacher comes from: the sources of a model, or the stage that made it."""
+    found = models[reference]["from"] if reference in models else f"stage {reference} of the same recipe"
+    return [found] if isinstance(found, str) else found
+
+
+def card(directory: Path, facts: Facts) -> Path:
+    """Write README.md into a model directory."""
+    architecture = (read_json(directory / "config.json").get("architectures") or ["AutoModel"])[0]
+    parts = [
+        _front_matter(architecture, facts),
+        f"# {facts.name}",
+        facts.about,
+        _origin(facts),
+        _table(facts),
+        "## Training",
+        *_training(facts),
+        "## Use",
+        f"```python\nfrom transformers import AutoTokenizer, {architecture}\n\n"
+        f'model = {architecture}.from_pretrained("path/to/this/directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```',
+        "## Licence",
+        _licence(facts),
+    ]
+    write_text(directory / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    return directory / "README.md"
+
+
+def _front_matter(architecture: str, facts: Facts) -> str:
+    hub = [source for sources in facts.teachers.values() for source in sources if HUB_ID.fullmatch(source)]
+    pipeline = next((name for ending, name in PIPELINES.items() if architecture.endswith(ending)), "feature-extraction")
+    matter = {"library_name": "transformers", "pipeline_tag": pipeline, "tags": ["distillation", facts.recipe]}
+    text = yaml.safe_dump(matter | ({"base_model": hub} if hub else {}), sort_keys=False)
+    return f"---\n{text}---"
+
+
+def _origin(facts: Facts) -> str:
+    train = facts.stage["train"]
+    (kind, value) = next((key, given) for key, given in train["student"].items() if given is not None)
+    start = {"cut": _cut, "new": _new, "from": lambda reference: f"`{reference}`"}[kind](value)
+    taught = ", ".join(f"`{target['from']}`" for target in train["targets"].values())
+    sources = "; ".join(f"`{name}`: " + " or ".join(found) for name, found in facts.teachers.items())
+    teacher = f"distilled from {taught} ({sources})" if taught else "trained without a teacher"
+    return f"Stage `{facts.stage['id']}` of the recipe `{facts.recipe}`: {teacher}. It started as {start}."
+
+
+def _cut(cut: dict) -> str:
+    layers = cut["layers"]
+    which = f"{layers} evenly spaced layers" if isinstance(layers, int) else f"layers {', '.join(map(str, layers))}"
+    return f"{which} of `{cut['from']}`"
+
+
+def _new(new: dict) -> str:
+    like = new.get("like")
+    return f"random weights in the architecture of `{like}`" if like else "random weights"
+
+
+def _table(facts: Facts) -> str:
+    return "\n\n".join(["## What it is worth", facts.table, *facts.worth]) if facts.table else ""
+
+
+def _training(facts: Facts) -> Iterator[str]:
+    train, done = facts.stage["train"], facts.training
+    yield "\n".join([
+        f"- loss: {'; '.join(_loss(entry) for entry in train['loss'])}",
+        f"- corpus: `{facts.corpus['name']}`, source {facts.corpus['source']}, digest `{facts.corpus['digest']}`",
+        *(f"- {key}: {done[key]:,}" for key in ("steps", "tokens") if key in done),
+        *([f"- time: {console.seconds(done['seconds'])}"] if "seconds" in done else []),
+    ])  # fmt: skip
+    if frozen := done.get("frozen"):
+        yield "The loss does not reach these parameters; they are those the student started with:"
+        yield "\n".join(f"- `{name}`" for name in frozen)
+
+
+def _loss(entry: dict) -> str:
+    (name, fields) = next((name, given) for name, given in entry.items() if given is not None)
+    return f"{name} ({', '.join(f'{key}: {value}' for key, value in fields.items())})"
+
+
+def _licence(facts: Facts) -> str:
+    if not facts.teachers:
+        return "The licence of the code says nothing about the weights; that of the training text may."
+    return (
+        "This model was made with the teacher above and may hold parts of its weights: the teacher's licence, and "
+        "that of its training data, apply to it as well. Read the teacher's own card before passing this on."
+    )

@@ -1,0 +1,123 @@
+"""The two pictures of a report: what the rows are worth, and how the stages were trained."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+COLOURS = {"teacher": "#7f7f7f", "student": "#1f5fa8", "baseline": "#9cc3e6", "scratch": "#e08a3c",
+           "assistant": "#5b9a68"}  # fmt: skip
+LINES = ("#1f5fa8", "#e08a3c", "#5b9a68", "#a8488c", "#7f7f7f")
+DOTS_PER_INCH = 150
+SMOOTH = 20  # steps of the running median behind which single steps are faint
+
+
+def draw(run: Path, report: dict, logs: dict[str, list[list[dict]]]) -> dict[str, str]:
+    """Write the pictures into the run directory; caption -> file name."""
+    pictures = {}
+    if any(facts["quality"] for facts in report["metrics"].values()):
+        quality(run / "quality.png", report)
+        pictures["Quality of every row; dots are seeds, bars their mean, whiskers the standard error"] = "quality.png"
+    for stage, seeds in logs.items():
+        if any(seeds):
+            training(run / f"training-{stage}.png", stage, seeds)
+            pictures[f"Training of {stage}"] = f"training-{stage}.png"
+    return pictures
+
+
+def quality(path: Path, report: dict) -> None:
+    """One panel a metric, one bar a row."""
+    metrics = {
+        n: f for n, f in report["metrics"].items() if f["quality"] and any(n in r["metrics"] for r in report["rows"])
+    }
+    rows = report["rows"][::-1]  # the first one on top
+    with figure(path, len(metrics), width=3.6, height=0.5 * len(rows) + 1.1, names=True) as panels:
+        for panel, (name, facts) in zip(panels, metrics.items(), strict=True):
+            for place, row in enumerate(rows):
+                _bar(panel, place, row, name, facts["digits"])
+            arrow = {"high": "higher is better", "low": "lower is better", "none": ""}[facts["better"]]
+            panel.set_xlabel(f"{facts['title']} ({arrow})")
+            panel.set_yticks(range(len(rows)), [row["name"] for row in rows])
+            panel.margins(x=0.25)
+            panel.set_xlim(left=0)
+
+
+def _bar(panel, place: int, row: dict, metric: str, digits: int) -> None:
+    found = row["metrics"].get(metric)
+    if found is None:
+        panel.text(0.02, place, "none", va="center", color="#999999", transform=panel.get_yaxis_transform())
+        return
+    panel.barh(place, found["mean"], height=0.62, color=COLOURS[row["role"]], xerr=found["error"], ecolor="#333333")
+    if len(found["seeds"]) > 1:
+        panel.plot(found["seeds"], [place] * len(found["seeds"]), "o", ms=3.5, mfc="white", mec="#222222", mew=0.8)
+    end = max([found["mean"] + (found["error"] or 0), *found["seeds"]])
+    panel.annotate(f"{found['mean']:.{digits}f}", (end, place), (4, 0), textcoords="offset points", va="center")
+
+
+def training(path: Path, stage: str, seeds: list[list[dict]]) -> None:
+    """Loss terms, learning rate, gradient norm and throughput against steps; one line a seed."""
+    terms = list(seeds[0][0]["terms"])
+    with figure(path, 4, width=3.6, height=2.9, columns=2) as (loss, rate, norm, speed):
+        for colour, term in zip(LINES * len(terms), terms, strict=False):
+            for log in seeds:
+                _line(loss, log, lambda entry, term=term: entry["terms"].get(term), colour, term, smooth=True)
+        for log in seeds:
+            _line(rate, log, lambda entry: entry["lr"], LINES[0], "")
+            _line(norm, log, lambda entry: entry["grad_norm"], LINES[0], "", smooth=True)
+            _line(speed, log, lambda entry: entry["tokens_per_second"], LINES[0], "all", smooth=True)
+        labels = ("loss, mean of a step", "learning rate", "gradient norm", "tokens/s")
+        for panel, label in zip((loss, rate, norm, speed), labels, strict=True):
+            panel.set_xlabel("step")
+            panel.set_ylabel(label)
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+        speed.set_ylim(bottom=0)
+        norm.set_ylim(bottom=0)
+        _legend(loss)
+        share = [entry["teacher_share"] for log in seeds for entry in log]
+        speed.set_title(f"{sum(share) / len(share):.0%} of the time in the teacher", fontsize=8, color="#555555")
+        loss.set_title(stage if len(seeds) == 1 else f"{stage}, {len(seeds)} seeds", fontsize=8, color="#555555")
+
+
+def _line(panel, log: list[dict], value, colour: str, label: str, smooth: bool = False) -> None:
+    """The values over steps; with `smooth`, faint, and their running median in front."""
+    points = [(entry["step"], v) for entry in log if (v := value(entry)) is not None]
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    smooth = smooth and len(values) >= 2 * SMOOTH
+    panel.plot(steps, values, color=colour, lw=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1.0,
+               label=None if smooth else label)  # fmt: skip
+    if smooth:
+        panel.plot(steps, _running_median(values), color=colour, lw=1.4, label=label)
+
+
+def _running_median(values: tuple[float, ...]) -> list[float]:
+    from statistics import median
+
+    half = SMOOTH // 2
+    return [median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+
+
+def _legend(panel) -> None:
+    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))  # one entry for all seeds
+    panel.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
+
+
+@contextmanager
+def figure(path: Path, panels: int, *, width: float, height: float, columns: int | None = None, names: bool = False):
+    """A grid of panels without chart junk, saved as PNG when the block ends well."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = columns or panels
+    rows = -(-panels // columns)
+    drawing = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(drawing)
+    grid = drawing.subplots(rows, columns, squeeze=False, sharey=names).flatten()
+    for panel in grid:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.xaxis.label.set_size(9)
+        panel.yaxis.label.set_size(9)
+    yield grid
+    drawing.savefig(path, dpi=DOTS_PER_INCH)

@@ -1,0 +1,25 @@
+"""Losses: frozen values for recipes (`OBJECTIVES`), plain functions on tensors for any other loop. No torch.
+
+from distill.objectives import cross_entropy, relation_kl
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from distill.objectives.ce import CrossEntropy
+from distill.objectives.protocol import Needs, Objective
+from distill.objectives.relation import RelationKL
+
+OBJECTIVES = {"relation_kl": RelationKL, "ce": CrossEntropy}
+
+# plain function -> the module that brings torch with it
+FUNCTIONS = {"relation_kl": "relation_sum", "cross_entropy": "token_sum", "scored": "token_sum"}
+
+__all__ = ["FUNCTIONS", "OBJECTIVES", "CrossEntropy", "Needs", "Objective", "RelationKL", *FUNCTIONS]
+
+
+def __getattr__(name: str):
+    if name not in FUNCTIONS:
+        raise AttributeError(f"module 'distill.objectives' has no attribute '{name}'")
+    return getattr(import_module(f"distill.objectives.{FUNCTIONS[name]}"), name)

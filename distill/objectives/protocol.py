@@ -1,0 +1,42 @@
+"""What the loop asks of an objective. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from distill.schedules import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill.models import Facts
+    from distill.taps import Tap, Trace
+
+Head = Literal["mlm", "causal"]
+
+
+class Needs(NamedTuple):
+    """What an objective reads: taps of the student and of its target, and which head gives the student's logits."""
+
+    student: frozenset[Tap] = frozenset()
+    target: frozenset[Tap] = frozenset()
+    head: Head | None = None
+
+
+class Objective(Protocol):
+    """A frozen value whose fields are recipe keys; its terms are sums, which the loop divides by global counts."""
+
+    weight: Schedule
+    target: str | None
+
+    def needs(self) -> Needs: ...
+
+    def check(self, student: Facts, target: Facts | None) -> list[str]:
+        """Every reason why this cannot work, before weights are loaded."""
+
+    def count(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{term: what its sum is divided by}, from the batch alone: float64 scalars."""
+
+    def terms(self, student: Trace, target: Trace | None, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{term: sum over the batch}."""

@@ -1,0 +1,184 @@
+"""MiniLM's objective: the student's tokens are to relate to each other as the teacher's do. No torch."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from distill.objectives.protocol import Needs
+from distill.schedules import Schedule, Several, Value
+
+ROLES = {"q": "query", "k": "key", "v": "value"}
+PAIRS = tuple(a + b for a, b in product(ROLES, ROLES))
+Relation = Literal[("attention", *PAIRS)]
+Layer = int | Literal["last"]
+Count = Annotated[int, Field(gt=0)]
+
+# families whose attention is not the softmax of query . key alone
+INEXACT = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "udop"), "adds a learned relative position bias to query . key"),
+    **dict.fromkeys(("mpnet", "layoutlmv2", "layoutlmv3"), "adds a learned relative position bias to query . key"),
+    **dict.fromkeys(("deberta", "deberta-v2"), "adds its position terms to query . key"),
+    **dict.fromkeys(("bloom", "mpt"), "adds a distance to query . key (ALiBi)"),
+    **dict.fromkeys(("gemma2", "gemma3n_text"), "caps its scores by a tanh"),
+    "gpt_oss": "gives a share of every row to a sink",
+}
+
+
+class RelationKL(Value):
+    """KL between the relations of a teacher's layer and a student's layer.
+
+    v2 (Wang et al. 2020, arXiv 2012.15828): softmax(x y^T / sqrt(d)) for x, y among queries, keys and values, regrouped
+    into `heads` relation heads of width d. v1 (Wang et al. 2020, arXiv 2002.10957): `attention`, the distribution of
+    the models' own heads, and vv with as many relation heads. A token sees the tokens of its segment, in causal models
+    up to itself.
+    """
+
+    target: str = Field(description="a teacher, by its name in targets")
+    relations: Annotated[Several[Relation], Field(min_length=1)] = Field(
+        ("qq", "kk", "vv"), description="any pair of q, k, v; or attention"
+    )
+    heads: Count | dict[Relation, Count] | None = Field(
+        None, description="relation heads, one number or one for each relation; attention has the models' own"
+    )
+    teacher_layer: Layer = Field("last", description="0 is the first; negative ones count from the end")
+    student_layer: Layer = Field("last", description="0 is the first; negative ones count from the end")
+    reduction: Literal["sample", "token"] = Field("sample", description="mean over sequences, or over tokens")
+    weight: Schedule = Field(Schedule.constant(1.0), description="factor on this loss")
+
+    @model_validator(mode="after")
+    def _check(self) -> RelationKL:
+        if wrong := _mistake(self.relations, self.heads):
+            raise ValueError(wrong)
+        return self
+
+    def heads_of(self, relation: str) -> int:
+        return self.heads[relation] if isinstance(self.heads, dict) else self.heads
+
+    def needs(self) -> Needs:
+        from distill.taps import Tap
+
+        roles = {role for relation in self.relations for role in _roles(relation)}
+        layers = _number(self.student_layer), _number(self.teacher_layer)
+        return Needs(*(frozenset(Tap(role, layer) for role in roles) for layer in layers))
+
+    def check(self, student, target) -> list[str]:
+        wrong = [
+            *_layer_mistakes("student_layer", self.student_layer, student),
+            *_layer_mistakes("teacher_layer", self.teacher_layer, target),
+        ]
+        if student.causal != target.causal:
+            sees = {True: "only the tokens before", False: "all tokens"}
+            wrong.append(f"the student sees {sees[student.causal]}, the teacher {sees[target.causal]}")
+        for relation in self.relations:
+            check = _attention_mistakes if relation == "attention" else self._head_mistakes
+            wrong += check(relation, {"student": student, "teacher": target})
+        return wrong
+
+    def _head_mistakes(self, relation: str, models: dict) -> list[str]:
+        """Relation heads must divide the width of both sides of the pair, in both models."""
+        widths = {name: _widths(facts, relation) for name, facts in models.items()}
+        for name, (left, right) in widths.items():
+            if left != right:
+                roles = " and ".join(_roles(relation))
+                return [f"{relation}: the {name}'s {roles} are {left} and {right} wide; they need one width"]
+        heads, every = self.heads_of(relation), {name: left for name, (left, _) in widths.items()}
+        fitting = _divisors(math.gcd(*every.values()), heads)
+        return [
+            f"{relation}: heads={heads} does not divide the {name}'s width {width}; {fitting}"
+            for name, width in every.items()
+            if width % heads
+        ]
+
+    def count(self, batch) -> dict:
+        from distill.objectives.relation_sum import relation_count
+
+        return dict.fromkeys(self.relations, relation_count(batch["segment_ids"], self.reduction))
+
+    def terms(self, student, target, batch) -> dict:
+        from distill.objectives.segments import groups
+
+        problems = groups(batch["segment_ids"])
+        return {relation: self._term(relation, student, target, problems) for relation in self.relations}
+
+    def _term(self, relation: str, student, target, problems):
+        from distill.objectives.relation_sum import relation_sum
+
+        layers = _number(self.teacher_layer), _number(self.student_layer)
+        sides = [_tapped(trace, layer, relation) for trace, layer in zip((target, student), layers, strict=True)]
+        own = relation == "attention"
+        return relation_sum(
+            *sides,
+            problems,
+            heads=sides[1][0].shape[1] if own else self.heads_of(relation),
+            causal=student.causal,
+            reduction=self.reduction,
+            scaling=(target.scaling[layers[0]], student.scaling[layers[1]]) if own else None,
+        )
+
+
+def _number(layer: Layer) -> int:
+    return -1 if layer == "last" else layer
+
+
+def _roles(relation: str) -> tuple[str, str]:
+    left, right = "qk" if relation == "attention" else relation
+    return ROLES[left], ROLES[right]
+
+
+def _mistake(relations: tuple[str, ...], heads) -> str | None:
+    if len(set(relations)) < len(relations):
+        return "relations: each at most once"
+    headed = [relation for relation in relations if relation != "attention"]
+    if isinstance(heads, dict) and set(heads) != set(headed):
+        return f"heads: a number for each of {', '.join(headed) or 'no relation'}, found {', '.join(heads) or 'none'}"
+    if headed and heads is None:
+        return f"heads: how many relation heads {', '.join(headed)} are split into"
+    return None
+
+
+def _layer_mistakes(key: str, layer: Layer, facts) -> list[str]:
+    if layer == "last" or -facts.layers <= layer < facts.layers:
+        return []
+    return [f"{key}={layer}: the {facts.family} has {facts.layers} layers, 0 to {facts.layers - 1}"]
+
+
+def _attention_mistakes(_, models: dict) -> list[str]:
+    wrong = [
+        f"attention: {facts.family} {INEXACT[facts.family]}, so its attention cannot be rebuilt; qq, kk and vv can"
+        for facts in models.values()
+        if facts.family in INEXACT
+    ]
+    heads = {name: facts.heads for name, facts in models.items()}
+    if heads["student"] != heads["teacher"]:
+        wrong.append(
+            f"attention: the student has {heads['student']} heads, the teacher {heads['teacher']}; "
+            "it needs equal numbers, qq, kk and vv do not"
+        )
+    return wrong
+
+
+def _widths(facts, relation: str) -> tuple[int, int]:
+    """Widths of both sides; in a mixed pair grouped keys and values are repeated for their queries."""
+    roles = _roles(relation)
+    heads = {"query": facts.heads, "key": facts.kv_heads, "value": facts.kv_heads}
+    most = max(heads[role] for role in roles)
+    return tuple(facts.widths[role] * most // heads[role] for role in roles)
+
+
+def _divisors(width: int, heads: int) -> str:
+    """The counts nearest below `heads` that would do."""
+    fitting = [str(n) for n in range(heads - 1, 0, -1) if width % n == 0][:4]
+    return f"{', '.join(fitting)} {'do' if len(fitting) > 1 else 'does'}"
+
+
+def _tapped(trace, layer: int, relation: str) -> tuple:
+    """Both sides of a relation [B, H, T, d]; beside queries, grouped keys and values are repeated for them."""
+    left, right = (trace.taps[role, layer] for role in _roles(relation))
+    heads = max(left.shape[1], right.shape[1])
+    if left.shape[1] == right.shape[1]:
+        return left, right
+    return tuple(x.repeat_interleave(heads // x.shape[1], 1) for x in (left, right))

@@ -1,0 +1,36 @@
+"""`distill list`: every name that a recipe can use, with a line on each. No torch."""
+
+from __future__ import annotations
+
+import inspect
+
+from distill import strict_yaml
+from distill.evaluate import METRICS
+from distill.objectives import OBJECTIVES
+from distill.recipe import packaged
+from growth.console import table
+
+SOURCES = {
+    "stdlib": "English prose of this Python installation: docstrings, comments, topics",
+    "stdlib-code": "the source code of this Python installation",
+    "synthetic": "a seeded grammar of known entropy",
+    "PATH": "txt, md, jsonl or parquet, also gz and zst: a file or a directory",
+    "USER/NAME": "a data set of the Hugging Face hub",
+}
+
+
+def show() -> None:
+    """Four tables."""
+    table(["recipe", "about"], [(name, _about(file)) for name, file in packaged().items()])
+    table(["objective", "about"], [(name, _first_line(kind)) for name, kind in OBJECTIVES.items()])
+    table(["metric", "about"], [(name, _first_line(type(metric))) for name, metric in METRICS.items()])
+    table(["source", "about"], list(SOURCES.items()))
+
+
+def _about(file) -> str:
+    """Of a recipe, without checking it."""
+    return str((strict_yaml.parse(file.read_bytes()).value or {}).get("about", ""))
+
+
+def _first_line(thing: type) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]

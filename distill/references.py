@@ -1,0 +1,107 @@
+"""Names in a recipe: what must be defined, and before it is used. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from distill.strict_yaml import Mistake, Path
+from growth.errors import did_you_mean
+
+REFERENCES = {
+    "corpora.*.tokenizer": "model",
+    "stages.*.train.student.from": "source",
+    "stages.*.train.student.cut.from": "source",
+    "stages.*.train.student.new.like": "source",
+    "stages.*.train.data": "corpus",
+    "stages.*.train.targets.*.from": "source",
+    "stages.*.train.loss.*.*.target": "target",
+    "stages.*.evaluate.rows.*": "source",
+    "stages.*.evaluate.data": "corpus",
+    "stages.*.evaluate.teacher": "source",
+}
+RESERVED = {"corpora"}  # directories of a run that no stage may have
+SAID = {"model": "model", "source": "model or earlier stage", "corpus": "corpus", "target": "target"}
+
+
+def references(recipe: Any) -> Iterator[tuple[Path, str, str]]:
+    """(path, kind, name) of every reference in a recipe that was read, well formed or not."""
+    for pattern, kind in REFERENCES.items():
+        for path, name in _matching(recipe, pattern.split("."), ()):
+            if isinstance(name, str):
+                yield path, kind, name
+
+
+def _matching(value: Any, pattern: list[str], path: Path) -> Iterator[tuple[Path, Any]]:
+    if not pattern:
+        yield path, value
+        return
+    parts = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    for part in parts:
+        if pattern[0] in ("*", part):
+            yield from _matching(value[part], pattern[1:], (*path, part))
+
+
+def wrong(recipe: Any) -> list[Mistake]:
+    """Names that nothing has, names that come too late, and stages that share one."""
+    stages = [s if isinstance(s, dict) else {} for s in _list(recipe, "stages")]
+    found = [
+        Mistake(path, what)
+        for path, kind, name in references(recipe)
+        if (what := _unknown(recipe, stages, path, kind, name))
+    ]
+    return [*found, *_ids(recipe, stages), *_without_data(stages)]
+
+
+def _without_data(stages: list[dict]) -> Iterator[Mistake]:
+    trains = any("train" in stage for stage in stages)
+    for i, stage in enumerate(stages):
+        if isinstance(stage.get("evaluate"), dict) and not trains and stage["evaluate"].get("data") is None:
+            yield Mistake(("stages", i, "evaluate"), "'data' is needed where no stage trains")
+
+
+def _unknown(recipe: dict, stages: list[dict], path: Path, kind: str, name: str) -> str | None:
+    known = _known(recipe, stages, path, kind)
+    if name in known:
+        return None
+    stage = next((s for s in stages if s.get("id") == name.removesuffix(".start")), None) if kind == "source" else None
+    if stage is not None and "train" not in stage:
+        return f"stage {stage['id']!r} trains nothing, so it is no model"
+    if stage is not None:
+        return f"stage {stage['id']!r} is not finished before this one; a stage uses earlier ones"
+    return f"no {SAID[kind]} {name!r}{did_you_mean(name, known) or '; known: ' + (', '.join(known) or 'none')}"
+
+
+def _known(recipe: dict, stages: list[dict], path: Path, kind: str) -> list[str]:
+    if kind == "corpus":
+        return list(_dict(recipe, "corpora"))
+    models = list(_dict(recipe, "models"))
+    if kind == "model":
+        return models
+    if kind == "target":
+        return list(_dict(stages[path[1]].get("train"), "targets"))
+    trained = [str(s.get("id")) for s in stages[: path[1]] if "train" in s]
+    return list(dict.fromkeys([*models, *(name for stage in trained for name in (stage, f"{stage}.start"))]))
+
+
+def _ids(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:
+    ids = [stage.get("id") for stage in stages]
+    for i, name in enumerate(ids):
+        if not isinstance(name, str):
+            continue
+        if name in ids[:i]:
+            yield Mistake(("stages", i, "id"), f"two stages are called {name!r}")
+        if name in _dict(recipe, "models"):
+            yield Mistake(("stages", i, "id"), f"{name!r} is a model already; a name means one thing")
+        if name in RESERVED:
+            yield Mistake(("stages", i, "id"), f"{name!r} is a directory of every run; choose another name")
+
+
+def _dict(value: Any, key: str) -> dict:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _list(value: Any, key: str) -> list:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else []

@@ -7,6 +7,7 @@ either side and other documents of a packed row are never read and cost nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,11 +45,12 @@ def groups(segments: Tensor) -> list[Group]:
 
 def _cuts(lengths: list[int]) -> list[slice]:
     """Lengths in descending order, cut where the next one is no longer similar to the longest of its group."""
-    firsts: list[int] = []
+    edges = [0]
     for i, length in enumerate(lengths):
-        if not firsts or (lengths[firsts[-1]] > SHORT and length < SIMILAR * lengths[firsts[-1]]):
-            firsts.append(i)
-    return [slice(first, end) for first, end in zip(firsts, [*firsts[1:], len(lengths)], strict=True)]
+        longest = lengths[edges[-1]]
+        if longest > SHORT and length < SIMILAR * longest:
+            edges.append(i)
+    return [slice(first, end) for first, end in pairwise([*edges, len(lengths)]) if first < end]
 
 
 def _group(positions: Tensor, starts: Tensor, lengths: Tensor) -> Group:

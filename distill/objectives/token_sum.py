@@ -37,8 +37,8 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad():
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         gradient = torch.empty_like(logits) if learns else None  # [N, V]
-        for rows in torch.arange(len(targets), device=logits.device).split(max(1, LOGITS // logits.shape[-1])):
-            block = slice(int(rows[0]), int(rows[-1]) + 1)
+        rows = max(1, LOGITS // logits.shape[-1])
+        for block in (slice(i, i + rows) for i in range(0, len(targets), rows)):
             x, target = logits[block].to(dtype), targets[block, None]
             p = torch.empty_like(x)
             total += (softmax_rows(x, out=p) - x.gather(1, target).squeeze(1)).sum(dtype=torch.float64)

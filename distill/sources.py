@@ -1,0 +1,81 @@
+"""Where a model's files are: a directory, an installed package, the hub's cache, the hub. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+
+from growth import files
+from growth.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DOWNLOADED = ["*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model"]
+
+
+def resolve(spec, name: str) -> Path:
+    """The directory of a model: the first of its sources that is here, else the first that can be downloaded."""
+    sources = [spec.from_] if isinstance(spec.from_, str) else list(spec.from_)
+    found = (path for look in (_here, _download) for s in sources if (path := look(s, spec.revision)))
+    path = next(found, None)
+    if path is None:
+        offline = " (HF_HUB_OFFLINE is set)" if _offline() else ""
+        raise UserError(f"model {name}: none of {', '.join(sources)} is at hand{offline}; give a path or install one")
+    if spec.sha256 and (actual := weights_sha256(path)) != spec.sha256:
+        raise UserError(f"model {name}: the weights in {path} have sha256 {actual}, the recipe asks for {spec.sha256}")
+    return path
+
+
+def weights_sha256(path: Path) -> str:
+    """Of the one weights file; of several, the sha256 over the lines `<sha256>  <name>` in the order of names."""
+    weights = sorted(Path(path).glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{path} has no *.safetensors file")
+    if len(weights) == 1:
+        return files.sha256(weights[0])
+    lines = "".join(f"{files.sha256(w)}  {w.name}\n" for w in weights)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _here(source: str, revision: str | None) -> Path | None:
+    if source.startswith("package:"):
+        return _in_package(source)
+    path = Path(source).expanduser()
+    return path if path.is_dir() else _hub(source, revision, local_files_only=True)
+
+
+def _download(source: str, revision: str | None) -> Path | None:
+    return None if _offline() or source.startswith("package:") else _hub(source, revision, local_files_only=False)
+
+
+def _in_package(source: str) -> Path | None:
+    """`package:NAME/SUBPATH`, found without importing the package."""
+    name, _, inside = source.removeprefix("package:").partition("/")
+    if not name.isidentifier() or ".." in Path(inside).parts or Path(inside).is_absolute():
+        raise UserError(f"{source}: expected package:NAME/SUBPATH with a top-level NAME and a path inside the package")
+    spec = importlib.util.find_spec(name)
+    places = (Path(p) / inside for p in (spec.submodule_search_locations or ())) if spec else ()
+    return next((p for p in places if p.is_dir()), None)
+
+
+def _hub(source: str, revision: str | None, local_files_only: bool) -> Path | None:
+    """A snapshot of a hub repository that has weights we read: safetensors, json and tokenizer files only."""
+    if not HUB_ID.fullmatch(source):
+        return None
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = huggingface_hub.snapshot_download(
+            source, revision=revision, allow_patterns=DOWNLOADED, local_files_only=local_files_only
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+    return Path(path) if any(Path(path).glob("*.safetensors")) else None
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE

@@ -46,7 +46,7 @@ class Agreement:
             yield agreement(cosines(subject.embed(texts)), teacher)
 
     def _texts(self, bench) -> list[str]:
-        return list(dict.fromkeys(bench.heldout_texts))[: self.documents]
+        return bench.heldout_texts[: self.documents]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import growth
 from distill import corpus, models, world
 from distill.corpus import tokens
 from distill.evaluate.encode import encode
+from distill.evaluate.probe import text_hash
 from growth.files import digest, read_json
 
 HEADS = {
@@ -41,7 +42,8 @@ class Bench:
 
     @cached_property
     def heldout_texts(self) -> list[str]:
-        return [text for text, _ in self.heldout.documents(DOCUMENTS)]
+        """In the order of their hashes: the first ones are a fair sample."""
+        return sorted({text for text, _ in self.heldout.documents(DOCUMENTS)}, key=text_hash)
 
     @cached_property
     def documents(self) -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ def predictions(subject, bench) -> Iterator[tuple]:
     import torch
 
     from distill import corpus, layout, world
-    from distill.objectives.cross_entropy import scored
+    from distill.objectives.token_sum import scored
     from distill.taps import trace
 
     model = subject.load(subject.head)
@@ -62,8 +62,9 @@ def predictions(subject, bench) -> Iterator[tuple]:
         batch = batch if layout.packable(model.config) else corpus.unpack(batch)
         batch = {key: value.to(world.device()) for key, value in batch.items()}
         rows, labels = scored(batch["labels"], batch["segment_ids"], causal=subject.head == "causal")
-        with torch.inference_mode():
-            yield trace(model, batch, (), rows).logits.float(), labels
+        with torch.inference_mode():  # never around a yield: it would hold for the caller as well
+            logits = trace(model, batch, (), rows).logits.float()
+        yield logits, labels
 
 
 def mean(values) -> Score:

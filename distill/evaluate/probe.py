@@ -22,7 +22,7 @@ FEWEST = 20  # documents; a part with fewer is no class
 
 @dataclass(frozen=True)
 class Probe:
-    """Accuracy over the largest parts, equally many documents of each."""
+    """Accuracy of a linear probe: which part of the corpus does a text come from?"""
 
     parts: int = 20
     documents: int = 100  # of each part at most
@@ -56,7 +56,7 @@ class Probe:
         texts, labels = self.task(bench)
         classes = sorted(set(labels))
         y = torch.tensor([classes.index(label) for label in labels])
-        fold = torch.tensor([_hash(text) % self.folds for text in texts])
+        fold = torch.tensor([text_hash(text) % self.folds for text in texts])
         for subject in subjects:
             right = correct(subject.embed(texts), y, fold, self.ridge).double()
             share = right.mean().item()
@@ -70,12 +70,12 @@ class Probe:
         large = [part for part, texts in by_part.items() if len(texts) >= FEWEST]
         chosen = sorted(large, key=lambda part: (-len(by_part[part]), part))[: self.parts]
         each = min([self.documents, *(len(by_part[part]) for part in chosen)])
-        pairs = [(text, part) for part in chosen for text in sorted(by_part[part], key=_hash)[:each]]
+        pairs = [(text, part) for part in chosen for text in sorted(by_part[part], key=text_hash)[:each]]
         return [text for text, _ in pairs], [part for _, part in pairs]
 
 
 @cache
-def _hash(text: str) -> int:
+def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

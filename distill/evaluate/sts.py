@@ -20,6 +20,8 @@ KEYS = ("text_a", "text_b", "score")
 
 @dataclass(frozen=True)
 class Sts:
+    """Spearman correlation of cosine similarities with gold scores; `path`: jsonl of text_a, text_b, score."""
+
     path: str = ""
 
     title = "STS"

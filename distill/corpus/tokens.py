@@ -1,0 +1,101 @@
+"""What the rest must know of a tokeniser: how it frames a document, and what tells two of them apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from growth import files
+from growth.errors import UserError
+
+PROBES = ("The quick brown fox, aged 12, didn't jump!", " two  spaces\n\tand a tab", "Éclair, Straße, 日本語, 🙂")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What packing and masking must know of a tokeniser; part of the corpus manifest."""
+
+    vocabulary: int
+    prefix: list[int]  # before every piece of a document, as the tokeniser itself does it
+    suffix: list[int]  # after every piece
+    end: list[int]  # once after a document: the end-of-text token of a decoder whose tokeniser adds none
+    special: list[int]
+    mask: int | None
+    pad: int  # some token where there is no padding token: segment ids say what padding is
+
+
+def load(path: Path):
+    """The tokeniser in a directory; its own code is never run and the network is never asked."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries below raise on damaged files, bare `Exception` included
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no usable tokeniser in {path}: {reason}") from error
+    # without files, transformers makes a tokeniser from nothing but its special tokens and says no word
+    if set(itertools.chain.from_iterable(encode(tokenizer, list(PROBES)))) <= set(tokenizer.all_special_ids):
+        raise UserError(f"no usable tokeniser in {path}: it knows no word; are its vocabulary files there?")
+    return tokenizer
+
+
+def facts(tokenizer) -> Facts:
+    prefix, suffix = _frame(tokenizer)
+    end = tokenizer.eos_token_id
+    return Facts(
+        vocabulary=len(tokenizer),
+        prefix=prefix,
+        suffix=suffix,
+        end=[] if suffix or end is None else [end],
+        special=sorted(set(tokenizer.all_special_ids)),
+        mask=tokenizer.mask_token_id,
+        pad=next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0),
+    )
+
+
+def digest(tokenizer) -> str:
+    """Of what turns text into ids: the pieces, the special tokens, and how a few hard texts come out.
+
+    Not of its files: they change with every release of the libraries that write them.
+    """
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return files.digest([pieces, asdict(facts(tokenizer)), encode(tokenizer, list(PROBES))])
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids without special tokens; a `[MASK]` that stands in the text is text."""
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    ).input_ids
+
+
+def chunks(ids: list[int], facts: Facts, length: int) -> Iterator[list[int]]:
+    """A document with its special tokens: one piece, or as many as it needs."""
+    room, ids = room_for_text(facts, length), ids + facts.end
+    for start in range(0, len(ids), room):
+        yield [*facts.prefix, *ids[start : start + room], *facts.suffix]
+
+
+def room_for_text(facts: Facts, length: int) -> int:
+    framed = len(facts.prefix) + len(facts.suffix)
+    if length <= framed:
+        raise UserError(f"length: {length} leaves no room for text beside {framed} special tokens; 16 or more would")
+    return length - framed
+
+
+def _frame(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokeniser puts before and after a text."""
+    for probe in PROBES:
+        bare, framed = encode(tokenizer, [probe])[0], tokenizer(probe).input_ids
+        starts = range(len(framed) - len(bare) + 1)
+        start = next((i for i in starts if bare and framed[i : i + len(bare)] == bare), None)
+        if start is not None:
+            return framed[:start], framed[start + len(bare) :]
+    raise UserError("the tokeniser gives no tokens for plain English text")

@@ -16,12 +16,13 @@ DOWNLOADED = ["*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model"]
 
 def resolve(spec, name: str) -> Path:
     """The directory of a model: the first of its sources that is here, else the first that can be downloaded."""
-    sources = [spec.from_] if isinstance(spec.from_, str) else list(spec.from_)
-    found = (path for look in (_here, _download) for s in sources if (path := look(s, spec.revision)))
+    found = (path for look in (_here, _download) for s in spec.from_ if (path := look(s, spec.revision)))
     path = next(found, None)
     if path is None:
         offline = " (HF_HUB_OFFLINE is set)" if _offline() else ""
-        raise UserError(f"model {name}: none of {', '.join(sources)} is at hand{offline}; give a path or install one")
+        raise UserError(
+            f"model {name}: none of {', '.join(spec.from_)} is at hand{offline}; give a path or install one"
+        )
     if spec.sha256 and (actual := weights_sha256(path)) != spec.sha256:
         raise UserError(f"model {name}: the weights in {path} have sha256 {actual}, the recipe asks for {spec.sha256}")
     return path
@@ -29,11 +30,12 @@ def resolve(spec, name: str) -> Path:
 
 def weights_sha256(path: Path) -> str:
     """Of the one weights file; of several, the sha256 over the lines `<sha256>  <name>` in the order of names."""
+    single = Path(path) / "model.safetensors"
+    if single.exists():
+        return files.sha256(single)
     weights = sorted(Path(path).glob("*.safetensors"))
     if not weights:
         raise UserError(f"{path} has no *.safetensors file")
-    if len(weights) == 1:
-        return files.sha256(weights[0])
     lines = "".join(f"{files.sha256(w)}  {w.name}\n" for w in weights)
     return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from launch import launch
 from torch.testing import assert_close
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -146,6 +147,11 @@ def test_activation_checkpointing_changes_no_gradient_of_tapped_values(family):
     assert plain.keys() == recomputed.keys() and any("q" in n or "attn" in n for n in plain)
     for name, gradient in plain.items():
         assert_close(recomputed[name], gradient, atol=1e-9, rtol=1e-9)
+
+
+def test_checkpointing_under_zero_3_changes_no_gradient_of_tapped_values():
+    (gaps,) = launch("taps_zero3.py", "bert", "llama", "t5")
+    assert len(gaps) == 3 and max(gaps.values()) < 1e-6
 
 
 def test_gradients_through_a_tap_are_those_through_the_projection():

@@ -8,6 +8,7 @@ at random and takes NaN or integers as they come.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -74,19 +75,25 @@ def configuration(source: Path | dict, where: Path | str = "the config"):
         raise UserError(f"{where}: not a {family} config: {' '.join(str(error).split())[:300]}") from error
 
 
-def headed(config) -> dict[str, type]:
-    """The classes with a language-model head: one kind a family (BERT's decoder is not what BERT is)."""
-    found = {head: known[type(config)] for head, known in HEADS.items() if type(config) in known}
+@functools.cache
+def headed(kind: type) -> dict[str, type]:
+    """The classes with a language-model head, by kind of config: one a family (BERT's decoder is not what BERT is)."""
+    found = {head: known[kind] for head, known in HEADS.items() if kind in known}
     return {"mlm": found["mlm"]} if "mlm" in found else found
+
+
+def causal(config) -> bool:
+    """Whether every token sees only those before it."""
+    return "causal" in headed(type(config))
 
 
 def class_of(config, head: str | None) -> type:
     if head is None:
         encoder = ENCODERS.get(config.model_type)
         return getattr(transformers, encoder) if encoder else transformers.MODEL_MAPPING[type(config)]
-    if head not in headed(config):
+    if head not in headed(type(config)):
         raise UserError(f"{config.model_type} has no {WORDS[head]} head")
-    return headed(config)[head]
+    return headed(type(config))[head]
 
 
 def _options(build: type, checkpoint) -> dict:
@@ -166,7 +173,7 @@ def architecture(config) -> type | None:
 
 def own_head(config) -> str | None:
     """The head of the class that config.json names."""
-    return next((head for head, build in headed(config).items() if build is architecture(config)), None)
+    return next((head for head, build in headed(type(config)).items() if build is architecture(config)), None)
 
 
 @contextmanager

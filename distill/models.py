@@ -66,7 +66,7 @@ def facts(source) -> Facts:
         kv_heads=shapes["key"][1],
         widths={role: s[1] * s[3] if role in taps.IN_ATTENTION else s[2] for role, s in shapes.items()},
         vocab=config.vocab_size,
-        causal="causal" in loading.headed(config),
+        causal=loading.causal(config),
         parameters=sum(p.numel() for p in (loading.skeleton(whole, config, {}) if whole else base).parameters()),
     )
 

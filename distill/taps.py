@@ -8,42 +8,18 @@ rotary embedding and query-key norms, keys and values with as many heads as the 
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distill import layout
+from distill import layout, loading
+from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
 from growth.errors import UserError, did_you_mean
 
-IN_ATTENTION = ("query", "key", "value")
 ROLES = (*IN_ATTENTION, "hidden")
-PREFIX = "distill_"
-IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-
-
-class Tap(NamedTuple):
-    """One thing to listen to; layer 0 is the first block, -1 the last; hidden i is the output of block i."""
-
-    role: str
-    layer: int
-
-
-class Seen(dict):
-    """Tap as asked -> tensor; `scaling`: layer as asked -> the factor on the attention scores."""
-
-    def __init__(self):
-        super().__init__()
-        self.scaling: dict[int, float] = {}
 
 
 @dataclass(frozen=True)
@@ -52,6 +28,7 @@ class Trace:
 
     taps: dict[Tap, Tensor]
     scaling: dict[int, float]
+    causal: bool  # every token sees only those before it
     logits: Tensor | None = None
 
 
@@ -73,7 +50,7 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]]) -> Iterator[Seen]:
             yield seen
         finally:
             for listener in listeners.values():
-                listener.armed = False
+                listener.armed, listener.seen = False, Seen()  # a checkpoint's graph must not hold what holds the graph
 
 
 def trace(model: nn.Module, batch: dict[str, Tensor], wanted: Iterable[Tap], rows: Tensor | None = None) -> Trace:
@@ -82,14 +59,14 @@ def trace(model: nn.Module, batch: dict[str, Tensor], wanted: Iterable[Tap], row
     Without rows the head does not run. With rows the model's own head runs on those positions alone, whatever it is
     made of (a transform, a tied decoder, capped or scaled logits).
     """
-    inputs = layout.inputs(model, batch)
+    inputs, causal = layout.inputs(model, batch), loading.causal(model.config)
     with tap(model, wanted) as seen:
         if rows is None:
             model.base_model(**inputs)
-            return Trace(dict(seen), seen.scaling)
+            return Trace(dict(seen), seen.scaling, causal)
         with _only(model, rows):
             logits = model(**inputs, return_dict=True).logits[0]  # [N, V]
-    return Trace(dict(seen), seen.scaling, logits)
+    return Trace(dict(seen), seen.scaling, causal, logits)
 
 
 @contextmanager
@@ -107,63 +84,6 @@ def _only(model: nn.Module, rows: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-class Keep(torch.autograd.Function):
-    """Identity that saves its input and reads it back in backward.
-
-    Under activation checkpointing the read makes the recomputation run before ZeRO-3 gathers the projection's weight
-    for its backward; the other way round, recomputation frees the weight that was just gathered (measured: a crash).
-    """
-
-    @staticmethod
-    def forward(ctx, value):
-        ctx.save_for_backward(value)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        _ = ctx.saved_tensors
-        return gradient
-
-
-@dataclass(eq=False)
-class Listener:
-    """What is wanted of one block, and where it goes; armed during the outer forward pass only."""
-
-    seen: Seen
-    asked: dict[str, list[int]] = field(default_factory=dict)  # role -> the layer, under each name it was asked by
-    armed: bool = False
-    heard: bool = True  # of this run of the block; a second call of the interface would be cross attention
-
-    def attention(self, values: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
-        """What attention is to go on with: the same values, through `Keep` where they are tapped."""
-        if self.heard:
-            return values
-        self.heard = True
-        kept = {r: Keep.apply(v) if r in self.asked and torch.is_grad_enabled() else v for r, v in values.items()}
-        for role in self.asked.keys() & kept.keys():
-            self.record(role, kept[role])
-            if self.armed:
-                self.seen.scaling.update(dict.fromkeys(self.asked[role], scaling))
-        return kept
-
-    def record(self, role: str, value: Tensor) -> None:
-        if self.armed:
-            self.seen.update({Tap(role, layer): value for layer in self.asked.get(role, ())})
-
-    def missing(self) -> list[Tap]:
-        return [Tap(r, layer) for r, layers in self.asked.items() for layer in layers if Tap(r, layer) not in self.seen]
-
-
-class _Stack(threading.local):
-    """The listeners of the block that is running, in this thread (CUDA recomputes in a thread of its own)."""
-
-    def __init__(self):
-        self.listeners: list[Listener] = []
-
-
-_running = _Stack()
 
 
 def _begin(seen: Seen, listeners: Iterable[Listener]) -> None:
@@ -240,7 +160,7 @@ def _listening(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
     """Listen whenever the block runs."""
     before = block.forward
     own = "forward" in vars(block)
-    block.forward = _heard(before, block, listener)
+    block.forward = heard_by(before, block, listener)
     undo.callback(setattr, block, "forward", before) if own else undo.callback(delattr, block, "forward")
 
 
@@ -252,67 +172,5 @@ def _replaying(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
             "re-entrant activation checkpointing cuts the gradient of tapped tensors; switch it on with "
             'activation_checkpointing_enable({"use_reentrant": False})'
         )
-    block._gradient_checkpointing_func = lambda run, *inputs: checkpoint(_heard(run, block, listener), *inputs)
+    block._gradient_checkpointing_func = lambda run, *inputs: checkpoint(heard_by(run, block, listener), *inputs)
     undo.callback(setattr, block, "_gradient_checkpointing_func", checkpoint)
-
-
-def _heard(run: Callable, block: nn.Module, listener: Listener) -> Callable:
-    configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}.values()
-
-    def heard(*args, **kwargs):
-        listener.heard = False
-        _running.listeners.append(listener)
-        try:
-            with _switched(configs):
-                return run(*args, **kwargs)
-        finally:
-            _running.listeners.remove(listener)
-            listener.heard = True
-
-    return heard
-
-
-@contextmanager
-def _switched(configs: Iterable) -> Iterator[None]:
-    """Attention through our implementation for the duration."""
-    before = [(config, config._attn_implementation) for config in configs]
-    for config, name in before:
-        config._attn_implementation = _ours(name)
-    try:
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation = name
-
-
-def _ours(name: str) -> str:
-    if name.removeprefix(PREFIX) not in IMPLEMENTATIONS:
-        raise UserError(f"attention implementation {name!r} cannot be tapped; {', '.join(IMPLEMENTATIONS)} can")
-    return PREFIX + name.removeprefix(PREFIX)
-
-
-def _recording(name: str) -> Callable:
-    def attention(module, query, key, value, *args, **kwargs):
-        values = dict(zip(IN_ATTENTION, (query, key, value), strict=True))
-        scaling = kwargs.get("scaling")
-        for listener in _running.listeners:
-            values = listener.attention(values, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        ours, module.config._attn_implementation = module.config._attn_implementation, name  # flash reads it there
-        try:
-            return _original(module, name)(module, *values.values(), *args, **kwargs)
-        finally:
-            module.config._attn_implementation = ours
-
-    return attention
-
-
-def _original(module: nn.Module, name: str) -> Callable:
-    if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]
-    return sys.modules[type(module).__module__].eager_attention_forward  # every family has its own
-
-
-# The mask function stands under the same name: a mask made inside a block would otherwise be lost without a word.
-for _name in IMPLEMENTATIONS:
-    AttentionInterface.register(PREFIX + _name, _recording(_name))
-    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])

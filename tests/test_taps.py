@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distill import taps
+from distill.attention import IMPLEMENTATIONS, PREFIX, _running
 from distill.taps import ROLES, Tap, tap, trace
 from growth.errors import UserError
 
@@ -126,24 +127,28 @@ def test_rows_of_a_model_without_a_head_are_refused():
         trace(tiny.model("bert"), tiny.batch(*PADDED), [], rows=torch.tensor([0]))
 
 
-def gradients(model, batch, checkpointing):
+def gradients(model, batch, checkpointing, inside=False):
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable()
     torch.manual_seed(0)  # the same dropout
     with tap(model, [Tap(r, layer) for r in ROLES for layer in (0, -1)]) as seen:
         last = model(input_ids=batch["input_ids"])[0]
-    recorded = dict(seen)
-    (sum(value.square().mean() for value in seen.values()) + last.square().mean()).backward()
-    assert all(seen[t] is recorded[t] for t in recorded)  # recomputation did not record again
+        recorded, loss = dict(seen), sum(value.square().mean() for value in seen.values()) + last.square().mean()
+        if inside:
+            loss.backward()
+        assert all(seen[t] is recorded[t] for t in recorded)  # recomputation did not record again
+    if not inside:
+        loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpoint.*")
+@pytest.mark.parametrize("inside", [True, False], ids=["backward within the tap", "backward after it"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_activation_checkpointing_changes_no_gradient_of_tapped_values(family):
+def test_activation_checkpointing_changes_no_gradient_of_tapped_values(family, inside):
     batch = tiny.batch(*PADDED)
-    plain, recomputed = (gradients(tiny.model(family).double(), batch, c) for c in (False, True))
+    plain, recomputed = (gradients(tiny.model(family).double(), batch, c, inside) for c in (False, True))
     assert plain.keys() == recomputed.keys() and any("q" in n or "attn" in n for n in plain)
     for name, gradient in plain.items():
         assert_close(recomputed[name], gradient, atol=1e-9, rtol=1e-9)
@@ -187,7 +192,7 @@ def test_a_failing_forward_leaves_the_model_as_it_was():
     model.encoder.layer[1].intermediate.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), tap(model, EVERY):
         outputs(model, tiny.batch(*PADDED))
-    assert model.config._attn_implementation == "sdpa" and not taps._running.listeners
+    assert model.config._attn_implementation == "sdpa" and not _running.listeners
 
 
 def test_tapping_costs_less_than_a_millisecond():
@@ -203,7 +208,7 @@ def test_tapping_costs_less_than_a_millisecond():
 
 
 def test_every_implementation_has_a_mask_function_under_our_name():
-    ours = {taps.PREFIX + name for name in taps.IMPLEMENTATIONS}
+    ours = {PREFIX + name for name in IMPLEMENTATIONS}
     assert ours <= set(ALL_ATTENTION_FUNCTIONS) and ours <= set(ALL_MASK_ATTENTION_FUNCTIONS)
 
 

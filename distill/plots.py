@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 COLOURS = {"teacher": "#7f7f7f", "student": "#1f5fa8", "baseline": "#9cc3e6", "scratch": "#e08a3c",
            "assistant": "#5b9a68"}  # fmt: skip
@@ -15,43 +16,48 @@ SMOOTH = 20  # steps of the running median behind which single steps are faint
 def draw(run: Path, report: dict, logs: dict[str, list[list[dict]]]) -> dict[str, str]:
     """Write the pictures into the run directory; caption -> file name."""
     pictures = {}
-    if any(facts["quality"] for facts in report["metrics"].values()):
-        quality(run / "quality.png", report)
-        pictures["Quality of every row; dots are seeds, bars their mean, whiskers the standard error"] = "quality.png"
+    if metrics := compared(report):
+        quality(run / "quality.png", report["rows"], metrics)
+        pictures["Quality of the rows: means, standard errors, and seeds as dots"] = "quality.png"
     for stage, seeds in logs.items():
         if any(seeds):
-            training(run / f"training-{stage}.png", stage, seeds)
-            pictures[f"Training of {stage}"] = f"training-{stage}.png"
+            training(run / f"training-{stage}.png", stage, [log for log in seeds if log])
+            pictures[f"Training of {stage}: single steps faint, running median of {SMOOTH}"] = f"training-{stage}.png"
     return pictures
 
 
-def quality(path: Path, report: dict) -> None:
+def compared(report: dict) -> dict[str, dict]:
+    """The metrics of quality in which there is something to compare."""
+    found = [name for row in report["rows"] for name in row["metrics"]]
+    return {name: facts for name, facts in report["metrics"].items() if facts["quality"] and found.count(name) > 1}
+
+
+def quality(path: Path, rows: list[dict], metrics: dict[str, dict]) -> None:
     """One panel a metric, one bar a row."""
-    metrics = {
-        n: f for n, f in report["metrics"].items() if f["quality"] and any(n in r["metrics"] for r in report["rows"])
-    }
-    rows = report["rows"][::-1]  # the first one on top
-    with figure(path, len(metrics), width=3.6, height=0.5 * len(rows) + 1.1, names=True) as panels:
+    rows = rows[::-1]  # the first one on top
+    with figure(path, len(metrics), width=3.6, height=0.5 * len(rows) + 0.9, names=True) as panels:
         for panel, (name, facts) in zip(panels, metrics.items(), strict=True):
             for place, row in enumerate(rows):
                 _bar(panel, place, row, name, facts["digits"])
-            arrow = {"high": "higher is better", "low": "lower is better", "none": ""}[facts["better"]]
-            panel.set_xlabel(f"{facts['title']} ({arrow})")
+            arrow = {"high": " (higher is better)", "low": " (lower is better)", "none": ""}[facts["better"]]
+            panel.set_xlabel(facts["title"] + arrow)
             panel.set_yticks(range(len(rows)), [row["name"] for row in rows])
-            panel.margins(x=0.25)
-            panel.set_xlim(left=0)
+            panel.tick_params(axis="y", length=0)
+            panel.margins(x=0.2)
+            panel.set_xlim(left=min(0, *panel.get_xlim()))
 
 
 def _bar(panel, place: int, row: dict, metric: str, digits: int) -> None:
     found = row["metrics"].get(metric)
     if found is None:
-        panel.text(0.02, place, "none", va="center", color="#999999", transform=panel.get_yaxis_transform())
+        panel.text(0.02, place, "none", va="center", size=8, color="#999999", transform=panel.get_yaxis_transform())
         return
-    panel.barh(place, found["mean"], height=0.62, color=COLOURS[row["role"]], xerr=found["error"], ecolor="#333333")
-    if len(found["seeds"]) > 1:
-        panel.plot(found["seeds"], [place] * len(found["seeds"]), "o", ms=3.5, mfc="white", mec="#222222", mew=0.8)
+    whisker = {"elinewidth": 1.2, "capsize": 3, "ecolor": "#333333"}
+    panel.barh(place, found["mean"], height=0.62, color=COLOURS[row["role"]], xerr=found["error"], error_kw=whisker)
+    several = found["seeds"] if len(found["seeds"]) > 1 else []
+    panel.plot(several, [place - 0.17] * len(several), "o", ms=4, mfc="white", mec="#222222", mew=0.8)
     end = max([found["mean"] + (found["error"] or 0), *found["seeds"]])
-    panel.annotate(f"{found['mean']:.{digits}f}", (end, place), (4, 0), textcoords="offset points", va="center")
+    panel.annotate(f"{found['mean']:.{digits}f}", (end, place), (5, 0), textcoords="offset points", va="center", size=8)
 
 
 def training(path: Path, stage: str, seeds: list[list[dict]]) -> None:
@@ -70,11 +76,13 @@ def training(path: Path, stage: str, seeds: list[list[dict]]) -> None:
             panel.set_xlabel("step")
             panel.set_ylabel(label)
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+        rate.yaxis.get_offset_text().set_size(8)
         speed.set_ylim(bottom=0)
         norm.set_ylim(bottom=0)
         _legend(loss)
-        share = [entry["teacher_share"] for log in seeds for entry in log]
-        speed.set_title(f"{sum(share) / len(share):.0%} of the time in the teacher", fontsize=8, color="#555555")
+        share = median(entry["teacher_share"] for log in seeds for entry in log)
+        speed.set_title(f"{share:.0%} of the time in the teacher" if share else "", fontsize=8, color="#555555")
+        speed.yaxis.set_major_formatter("{x:,.0f}")
         loss.set_title(stage if len(seeds) == 1 else f"{stage}, {len(seeds)} seeds", fontsize=8, color="#555555")
 
 
@@ -92,10 +100,9 @@ def _line(panel, log: list[dict], value, colour: str, label: str, smooth: bool =
 
 
 def _running_median(values: tuple[float, ...]) -> list[float]:
-    from statistics import median
-
-    half = SMOOTH // 2
-    return [median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+    """Over windows that shrink towards the start, where losses fall fastest."""
+    reach = [min(SMOOTH // 2, i) for i in range(len(values))]
+    return [median(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
 
 
 def _legend(panel) -> None:

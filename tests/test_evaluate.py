@@ -1,4 +1,4 @@
-"""Laws of the measures: a model agrees with itself, padding is not seen, a planted label is found and chance is chance."""
+"""Laws of the measures: a model agrees with itself, padding is not seen, planted labels are found, chance is chance."""
 
 from __future__ import annotations
 

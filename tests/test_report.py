@@ -1,4 +1,4 @@
-"""Laws of the report: the same figures everywhere, sentences that follow from them, cards and pictures that can be read."""
+"""Laws of the report: the same figures everywhere, sentences that follow from them, readable cards and pictures."""
 
 from __future__ import annotations
 

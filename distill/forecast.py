@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from distill import stages
+from distill.context import Context
 from distill.preflight import Planned, check
 from distill.recipe import EngineSpec, Recipe, Stage
 from growth.console import count, seconds, size, table
@@ -51,7 +52,7 @@ class Forecast:
 def show(recipe: Recipe, out: Path, ranks: int) -> None:
     """Check the recipe as `run` would, then print what it would cost."""
     stages.refuse_out(recipe, out)
-    context = stages.Context(recipe, out, recipe.seed)
+    context = Context(recipe, out, recipe.seed)
     check(recipe, context)
     planned = Planned(recipe, context)
     rows = [forecast(stage, planned, ranks) for stage in recipe.stages if stage.train]
@@ -151,7 +152,7 @@ def matmul_speed(precision: str, duration: float = 0.5) -> tuple[float, str]:
     import torch
 
     gpu = torch.cuda.is_available()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     n = 8192 if gpu else 1024
     a = torch.ones(n, n, dtype=dtype, device="cuda" if gpu else "cpu")
     done, began = 0, time.perf_counter()

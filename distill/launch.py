@@ -48,13 +48,18 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
             return _wait(children)
 
 
+def command(arguments: Sequence[str]) -> list[str]:
+    """What every rank runs."""
+    return [sys.executable, "-m", "distill.cli", *arguments]
+
+
 def _start(rank: int, ranks: int, arguments: Sequence[str], store: Path) -> subprocess.Popen:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, STORE: store}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {"OMP_NUM_THREADS": str(max(cores // ranks, 1))}
     relayed = rank > 0 or not sys.stderr.isatty()  # the first rank draws its bar on the terminal itself
     child = subprocess.Popen(
-        [sys.executable, "-m", "distill.cli", *arguments],
+        command(arguments),
         env={**threads, **os.environ, **{key: str(value) for key, value in places.items()}},
         stdin=subprocess.DEVNULL,
         stdout=None if rank == 0 else subprocess.DEVNULL,

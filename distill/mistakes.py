@@ -27,6 +27,7 @@ EXPECTED = {
     "model_type": "keys and values",
     "model_attributes_type": "keys and values",
 }
+NUMBERS = ("a number", "a whole number")
 
 
 def report(mistakes: Iterable[Mistake], document: Document | dict, file: str) -> str:
@@ -117,7 +118,9 @@ def _words(errors: list[dict], schema: dict, path: Path) -> Iterator[str]:
     types = [e for e in errors if e["type"] in EXPECTED]
     choices = [e for e in errors if e["type"] == "literal_error"]
     others = [e for e in errors if e not in types and e not in choices and not _is_short_of_bad_items(e)]
-    if types and not any(e["type"] in ("value_error", "too_short") for e in others):
+    if choices and all(EXPECTED[e["type"]] not in NUMBERS for e in types) and isinstance(choices[0]["input"], str):
+        yield _no_choice(choices)
+    elif types and not any(e["type"] in ("value_error", "too_short") for e in others):
         yield _wrong_type(types, choices)
     elif choices:
         yield _no_choice(choices)

@@ -54,7 +54,7 @@ class Planned:
         if key not in self._facts:
             from distill import models
 
-            self._facts[key] = models.facts(models._described(config, "config.json"))
+            self._facts[key] = models.facts(config)
         return self._facts[key]
 
 

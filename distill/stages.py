@@ -7,135 +7,23 @@ run again; one whose inputs changed is stale, and so is all that follows it; one
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from distill import recipe as recipes
-from distill import sources, strict_yaml, world
-from distill.recipe import Recipe, Stage
-from distill.references import references
+from distill import strict_yaml, world
+from distill.context import MANIFEST, Context, Task, Work
+from distill.inputs import differences, inputs_of, versions
+from distill.recipe import Recipe
 from growth.console import say, seconds
 from growth.errors import UsageError, UserError, did_you_mean
-from growth.files import digest, locked, read_json, sha256, write_json, write_text
+from growth.files import digest, locked, read_json, write_json, write_text
 
-MANIFEST, RECIPE = "stage.json", "recipe.yaml"
+RECIPE = "recipe.yaml"
 RUNNING, DONE, STALE = "running", "done", "stale"
-NO_INPUT = {"save_every", "keep", "evaluate_every"}  # how a stage is kept and watched, not what it makes
-VERSIONED = ("distill-growth", "torch", "transformers", "deepspeed", "tokenizers")
-
-
-def _train(*arguments) -> dict:
-    from distill.train import train
-
-    return train(*arguments)
-
-
-def _evaluate(spec, contexts, directory) -> list:
-    from distill.evaluate import evaluate
-
-    return evaluate(spec, contexts, directory)
-
-
-def _report(out: Path) -> None:
-    from distill.report import rebuild
-
-    rebuild(out)
-
-
-def _prepare(*arguments) -> None:
-    from distill.corpus import prepare
-
-    prepare(*arguments)
-
-
-def _check(recipe: Recipe, context: Context) -> None:
-    from distill.preflight import check
-
-    check(recipe, context)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run calls; tests put their own in place."""
-
-    train: Callable = _train
-    evaluate: Callable = _evaluate
-    report: Callable = _report
-    prepare: Callable = _prepare
-    resolve: Callable = sources.resolve
-    check: Callable = _check
-
-
-@dataclass
-class Context:
-    """Where things lie, for one seed of a run."""
-
-    recipe: Recipe
-    out: Path
-    seed: int
-    work: Work = field(default_factory=Work)
-    found: dict[str, Path] = field(default_factory=dict)  # models and corpora at hand, shared by all seeds
-
-    def directory(self, stage: str) -> Path:
-        fanned = self.recipe.seeds > 1 and self.recipe.stage(stage).kind == "train"
-        return self.out / (f"{stage}@{self.seed}" if fanned else stage)
-
-    def model(self, reference: str) -> Path:
-        """The checkpoint directory of a model, an earlier stage, or `stage.start`."""
-        if reference in self.recipe.models:
-            return self._model(reference)
-        stage, _, start = reference.partition(".")
-        path = self.directory(stage) / ("start" if start else "model")
-        if not path.is_dir():
-            raise UserError(f"{path} is not there; `--from {stage}` makes it again")
-        return path
-
-    def _model(self, name: str) -> Path:
-        if name not in self.found:
-            self.found[name] = self.work.resolve(self.recipe.models[name], name)
-        return self.found[name]
-
-    def corpus(self, name: str) -> Path:
-        """The directory of a prepared corpus; prepared on first use, on every rank at once or on one alone."""
-        key, path = f"corpora/{name}", self.out / "corpora" / name
-        if key not in self.found:
-            spec = self.recipe.corpora[name]
-            tokenizer = self.model(spec.tokenizer) if isinstance(spec.tokenizer, str) else None
-            world.first(lambda: self.work.prepare(spec, tokenizer, path))
-            self.found[key] = path
-        return path
-
-
-@dataclass(frozen=True)
-class Task:
-    """A stage for one seed, or an evaluation of all of them."""
-
-    stage: Stage
-    contexts: tuple[Context, ...]
-
-    @property
-    def directory(self) -> Path:
-        return self.contexts[0].directory(self.stage.id)
-
-    @property
-    def name(self) -> str:
-        return self.directory.name
-
-    @property
-    def spec(self):
-        return getattr(self.stage, self.stage.kind)
-
-    def follows(self, other: Task) -> bool:
-        """Whether it comes later in the recipe, for the same seed."""
-        stages = self.contexts[0].recipe.stages
-        later = stages.index(self.stage) > stages.index(other.stage)
-        return later and any(context in self.contexts for context in other.contexts)
 
 
 def run(
@@ -214,14 +102,15 @@ def _owned(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    made = not out.exists()
+    made = [place for place in (out, *out.parents) if not place.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             yield
     finally:
-        if made and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+        for place in made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
 
 
 def _look(recipe: Recipe, context: Context, out: Path) -> None:
@@ -239,20 +128,14 @@ def _models(recipe: Recipe, context: Context) -> dict[str, Path]:
     return {name: context.model(name).resolve() for name in recipe.models}
 
 
-def versions() -> dict[str, str]:
-    """Of what computes, without importing it."""
-    installed = {dist.name: dist.version for name in VERSIONED for dist in metadata.distributions(name=name)}
-    return {"python": sys.version.split()[0], **installed}
-
-
 # What is done, stale, interrupted
 
 
 def _mark(tasks: list[Task], start_from: str | None, fresh: bool) -> None:
     """What the user wants to be done again."""
     if fresh:
-        for directory in {task.directory for task in tasks if _manifest(task)}:
-            shutil.rmtree(directory)
+        for task in [task for task in tasks if _manifest(task)]:
+            _remove(task.directory)
     if start_from is not None:
         chosen = [task for task in tasks if task.stage.id == start_from]
         for task in [t for t in tasks if t in chosen or any(t.follows(c) for c in chosen)]:
@@ -303,8 +186,16 @@ def _open(task: Task, tasks: list[Task]) -> None:
         say(f"{task.name}: runs again ({why})")
         for later in [t for t in tasks if t.follows(task)]:
             _make_stale(later, f"follows {task.name}")
-        shutil.rmtree(task.directory)
+        _remove(task.directory)
         _begin(task, inputs)
+
+
+def _remove(directory: Path) -> None:
+    """In one step as far as anybody can see: a run killed half-way through leaves no half of a stage."""
+    gone = directory.with_name(f".{directory.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    directory.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _begin(task: Task, inputs: dict[str, Any]) -> None:
@@ -322,54 +213,3 @@ def _close(task: Task, metrics: Any, wall: float) -> None:
 
 def _write(task: Task, manifest: dict[str, Any]) -> None:
     write_json(task.directory / MANIFEST, manifest)
-
-
-def inputs_of(task: Task) -> dict[str, Any]:
-    """{dotted key: value} of all that decides what a stage makes: its recipe, seed, models, corpora, earlier stages."""
-    spec = task.spec.model_dump(mode="json", by_alias=True)
-    inputs = dict(_flat({key: value for key, value in spec.items() if key not in NO_INPUT}))
-    if task.stage.kind == "train":
-        inputs["seed"] = task.contexts[0].seed
-    for kind, name in sorted({(k, n) for _, k, n in references({"stages": [{task.stage.kind: spec}]})}):
-        for context in task.contexts:
-            inputs.update(_made_from(kind, name, context))
-    return inputs
-
-
-def _made_from(kind: str, name: str, context: Context) -> dict[str, str]:
-    if kind == "corpus":
-        return {f"corpora.{name}": read_json(context.corpus(name) / "manifest.json")["digest"]}
-    if kind != "source":
-        return {}
-    if name in context.recipe.models:
-        return {f"models.{name}": _identity(name, context)}
-    earlier = context.directory(name.partition(".")[0])
-    return {f"stages.{earlier.name}": read_json(earlier / MANIFEST)["inputs_digest"]}
-
-
-def _identity(name: str, context: Context) -> str:
-    """Of the weights and the config; weights that the recipe pins were compared already."""
-    path = context.model(name)
-    weights = context.recipe.models[name].sha256 or sources.weights_sha256(path)
-    return digest([weights, sha256(path / "config.json")])
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if not items:
-        yield prefix, value
-        return
-    for key, below in items:
-        yield from _flat(below, f"{prefix}.{key}" if prefix else str(key))
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """`stop.steps 200 -> 300, lr.points.1.1 ...`; empty if there are none."""
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    said = [f"{key} {_brief(old, key)} -> {_brief(new, key)}" for key in keys[:3]]
-    return ", ".join(said) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _brief(values: dict[str, Any], key: str) -> str:
-    text = str(values.get(key, "nothing"))
-    return text[:8] if len(text) == 64 else text[:40]

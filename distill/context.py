@@ -1,0 +1,121 @@
+"""Where the things of a run lie: models, corpora, the directories of stages; and who does the work. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distill import sources, world
+from distill.recipe import Recipe, Stage
+from growth.errors import UserError
+
+MANIFEST = "stage.json"
+
+
+def _train(*arguments) -> dict:
+    from distill.train import train
+
+    return train(*arguments)
+
+
+def _evaluate(spec, contexts, directory) -> list:
+    from distill.evaluate import evaluate
+
+    return evaluate(spec, contexts, directory)
+
+
+def _report(out: Path) -> None:
+    from distill.report import rebuild
+
+    rebuild(out)
+
+
+def _prepare(*arguments) -> None:
+    from distill.corpus import prepare
+
+    prepare(*arguments)
+
+
+def _check(recipe: Recipe, context: Context) -> None:
+    from distill.preflight import check
+
+    check(recipe, context)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run calls; tests put their own in place."""
+
+    train: Callable = _train
+    evaluate: Callable = _evaluate
+    report: Callable = _report
+    prepare: Callable = _prepare
+    resolve: Callable = sources.resolve
+    check: Callable = _check
+
+
+@dataclass(eq=False)
+class Context:
+    """Where things lie, for one seed of a run."""
+
+    recipe: Recipe
+    out: Path
+    seed: int
+    work: Work = field(default_factory=Work)
+    found: dict[str, Path] = field(default_factory=dict)  # models and corpora at hand, shared by all seeds
+
+    def directory(self, stage: str) -> Path:
+        fanned = self.recipe.seeds > 1 and self.recipe.stage(stage).kind == "train"
+        return self.out / (f"{stage}@{self.seed}" if fanned else stage)
+
+    def model(self, reference: str) -> Path:
+        """The checkpoint directory of a model, an earlier stage, or `stage.start`."""
+        if reference in self.recipe.models:
+            return self._model(reference)
+        stage, _, start = reference.partition(".")
+        path = self.directory(stage) / ("start" if start else "model")
+        if not path.is_dir():
+            raise UserError(f"{path} is not there; `--from {stage}` makes it again")
+        return path
+
+    def _model(self, name: str) -> Path:
+        if name not in self.found:
+            self.found[name] = self.work.resolve(self.recipe.models[name], name)
+        return self.found[name]
+
+    def corpus(self, name: str) -> Path:
+        """The directory of a prepared corpus; prepared on first use, on every rank at once or on one alone."""
+        key, path = f"corpora/{name}", self.out / "corpora" / name
+        if key not in self.found:
+            spec = self.recipe.corpora[name]
+            tokenizer = self.model(spec.tokenizer) if isinstance(spec.tokenizer, str) else None
+            world.first(lambda: self.work.prepare(spec, tokenizer, path))
+            self.found[key] = path
+        return path
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage for one seed, or an evaluation of all of them."""
+
+    stage: Stage
+    contexts: tuple[Context, ...]
+
+    @property
+    def directory(self) -> Path:
+        return self.contexts[0].directory(self.stage.id)
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def spec(self):
+        return getattr(self.stage, self.stage.kind)
+
+    def follows(self, other: Task) -> bool:
+        """Whether it comes later in the recipe, for the same seed."""
+        stages = self.contexts[0].recipe.stages
+        later = stages.index(self.stage) > stages.index(other.stage)
+        return later and any(context in self.contexts for context in other.contexts)

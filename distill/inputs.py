@@ -1,0 +1,75 @@
+"""What a stage was made from, key by key, so that a change can be named. No torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from distill import sources
+from distill.context import MANIFEST, Context, Task
+from distill.references import references
+from growth.files import digest, read_json, sha256
+
+NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
+VERSIONED = ("distill-growth", "torch", "transformers", "deepspeed", "tokenizers")
+
+
+def inputs_of(task: Task) -> dict[str, Any]:
+    """{dotted key: value} of all that decides what a stage makes: its recipe, seed, models, corpora, earlier stages."""
+    spec = task.spec.model_dump(mode="json", by_alias=True)
+    inputs = dict(_flat({key: value for key, value in spec.items() if key not in NO_INPUT}))
+    if task.stage.kind == "train":
+        inputs["seed"] = task.contexts[0].seed
+    for kind, name in sorted({(k, n) for _, k, n in references({"stages": [{task.stage.kind: spec}]})}):
+        for context in task.contexts:
+            inputs.update(_made_from(kind, name, context))
+    return inputs
+
+
+def _made_from(kind: str, name: str, context: Context) -> dict[str, str]:
+    if kind == "corpus":
+        return {f"corpora.{name}": read_json(context.corpus(name) / "manifest.json")["digest"]}
+    if kind != "source":
+        return {}
+    if name in context.recipe.models:
+        return {f"models.{name}": _identity(name, context)}
+    earlier = context.directory(name.partition(".")[0])
+    return {f"stages.{earlier.name}": read_json(earlier / MANIFEST)["inputs_digest"]}
+
+
+def _identity(name: str, context: Context) -> str:
+    """Of the weights and the config; weights that the recipe pins were compared already."""
+    path = context.model(name)
+    weights = context.recipe.models[name].sha256 or sources.weights_sha256(path)
+    return digest([weights, sha256(path / "config.json")])
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if not items:
+        yield prefix, value
+        return
+    for key, below in items:
+        yield from _flat(below, f"{prefix}.{key}" if prefix else str(key))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`stop.steps 200 -> 300, lr.points.1.1 ...`; empty if there are none."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    said = [f"{key} {_brief(old, key)} -> {_brief(new, key)}" for key in keys[:3]]
+    return ", ".join(said) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _brief(values: dict[str, Any], key: str) -> str:
+    text = str(values.get(key, "nothing"))
+    return text[:8] if len(text) == 64 else text[:40]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what computes, without importing it."""
+    installed = {dist.name: dist.version for name in VERSIONED for dist in metadata.distributions(name=name)}
+    return {"python": sys.version.split()[0], **installed}

@@ -1,0 +1,307 @@
+"""The command as people meet it: what it says, how it exits, how long it takes to say it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+
+from distill.cli import main
+
+BROKEN = """\
+recipe: broken
+sede: 3
+engine: {zero: 7}
+stages:
+- id: a
+  train: {data: text, lr: 5e-4}
+"""
+
+
+def distill(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "distill.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def processor_seconds(*arguments, **options):
+    """What it costs, at best of three: the wall time on a machine with nothing else to do."""
+    costs = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        distill(*arguments, **options)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return min(costs)
+
+
+def imported(code):
+    """Modules of a fresh interpreter after `code`."""
+    program = f"import sys; {code}; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    return set(found.stdout.split())
+
+
+def test_help_answers_in_under_four_tenths_of_a_second():
+    assert processor_seconds("--help") < 0.4
+
+
+def test_a_broken_recipe_is_refused_within_a_second_with_every_mistake(tmp_path):
+    (tmp_path / "broken.yaml").write_text(BROKEN)
+    assert processor_seconds("run", "broken.yaml", cwd=tmp_path) < 1.0
+    done = distill("run", "broken.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert [line.removeprefix("error: ").split(" (line")[0] for line in done.stderr.splitlines()] == [
+        "broken.yaml: no key 'sede'; did you mean 'seed'?",
+        "broken.yaml: engine.zero: 7 is not one of 0, 1, 2, 3",
+        "broken.yaml: stages.a.train.lr: 5e-4 is text to some YAML readers; write 0.0005, or quote it if text is meant",
+        "broken.yaml: stages.a.train: 'student' is needed",
+        "broken.yaml: stages.a.train: 'loss' is needed",
+        "broken.yaml: stages.a.train: 'optim' is needed",
+        "broken.yaml: stages.a.train: 'stop' is needed",
+        "broken.yaml: stages.a.train.data: no corpus 'text'; known: none",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]
+
+
+def test_neither_help_nor_recipes_import_torch():
+    heavy = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
+    assert not heavy & imported("import distill.cli")
+    assert not heavy & imported(
+        "import distill.stages, distill.listing; from distill import recipe; recipe.load('minilm')"
+    )
+    assert "pydantic" not in imported("import distill.cli")
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_explains_itself_with_an_example(name):
+    done = distill(name, "--help")
+    assert done.returncode == 0 and f"distill {name}" in done.stdout
+    assert all(option.help for option in main.commands[name].params if isinstance(option, click.Option))
+
+
+def test_the_public_options_are_these():
+    options = {name: sorted(o for p in command.params for o in p.opts) for name, command in main.commands.items()}
+    assert options == {
+        "run": ["--dry-run", "--fresh", "--from", "--out", "--ranks", "overrides", "recipe"],
+        "list": [],
+        "schema": [],
+        "report": ["directory"],
+    }
+
+
+def test_list_names_recipes_objectives_metrics_and_sources():
+    said = distill("list").stdout
+    assert all(
+        f"\n{word} " in said for word in ("minilm", "minilm_v1", "relation_kl", "ce", "probe", "speed", "stdlib")
+    )
+
+
+def test_schema_is_json():
+    assert json.loads(distill("schema").stdout)["properties"]["stages"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "nope"], 2, "error: nope: no such file; packaged recipes are minilm"),
+        (["run", "minilm", "engine.zeroo=1"], 2, "command line: engine: no key 'zeroo'; did you mean 'zero'?"),
+        (["run", "minilm", "seed"], 2, "error: seed: expected key.sub=value"),
+        (["run", "minilm", "--from", "studnt"], 2, "--from studnt: no such stage; did you mean 'student'?"),
+        (["run", "minilm", "--out", "full"], 2, "holds something that is not a run (first: thesis.tex)"),
+        (["run", "minilm", "--out", "full/thesis.tex"], 2, "is a file; give a directory"),
+        (["run", "minilm", "--out", "full/thesis.tex/x"], 1, "Not a directory"),
+        (["run", "minilm", "--ranks", "0"], 2, "--ranks"),
+        (["run", "minilm", "models.teacher.from=./none", "--out", "o"], 1, "model teacher: none of ./none is at hand"),
+        (["report", "full"], 1, "is not a run directory"),
+        (["runn"], 2, "No such command 'runn'"),
+    ],
+)
+def test_a_mistake_of_the_user_is_a_line_and_an_exit_code(tmp_path, arguments, code, words):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    done = distill(*arguments, cwd=tmp_path)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["full", "full/thesis.tex"]
+
+
+# What needs torch, on a model that is only a config
+
+TINY = """\
+recipe: tiny
+models: {teacher: teacher}
+corpora: {text: {source: words.txt, tokenizer: teacher, length: 32}}
+stages:
+- id: student
+  train:
+    student: {cut: {from: teacher, layers: [1]}}
+    data: text
+    targets: {t: {from: teacher}}
+    loss: [{relation_kl: {target: t, heads: 3}}]
+    optim: {batch: 8}
+    lr: 0.001
+    stop: {steps: 10}
+- id: deeper
+  train:
+    student: {new: {like: student}}
+    data: text
+    loss: [{ce: {}}]
+    optim: {batch: 8}
+    lr: 0.001
+    stop: {epochs: 2}
+"""
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "vocab_size": 101,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 52,
+    "max_position_embeddings": 40,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(BERT))
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "words.txt").write_text("a few words " * 200)
+    return tmp_path
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(tiny):
+    before = sorted(tiny.rglob("*"))
+    done = distill("run", "tiny.yaml", "--dry-run", "--ranks", "2", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    assert sorted(tiny.rglob("*")) == before
+    costs = [line.split() for line in done.stdout.splitlines() if line.startswith("student  bert")]
+    assert [cost[1:4] for cost in costs] == [["bert", "1", "x"]]
+    assert "forecast" in done.stdout and "6 N D" in done.stdout and "2 N D" in done.stdout
+
+
+def test_flops_are_six_n_d_and_two_n_d_and_sharding_divides_what_its_stage_says(tiny, monkeypatch):
+    from distill import forecast
+    from distill.context import Context
+    from distill.preflight import Planned
+    from distill.recipe import load
+
+    monkeypatch.chdir(tiny)
+
+    def cost(ranks, *overrides):
+        recipe = load("tiny.yaml", overrides)
+        return forecast.forecast(recipe.stages[0], Planned(recipe, Context(recipe, tiny / "runs", 0)), ranks)
+
+    # BERT by hand: embeddings + layers (attention, two products, two norms) + head, without the table of 101 x 24
+    embeddings, layer, head = (
+        (40 + 2) * 24 + 48,
+        4 * (24 * 24 + 24) + 2 * 24 * 52 + 52 + 24 + 96,
+        24 * 24 + 24 + 48 + 101,
+    )
+    student, teacher = embeddings + layer + head, embeddings + 2 * layer + head
+    assert cost(1).flops == 10 * 8 * 32 * (6 * student + 2 * teacher)
+
+    n = student + 101 * 24
+    whole, sharded = cost(1).memory, [cost(2, f"engine.zero={stage}").memory for stage in (1, 2, 3)]
+    assert (whole["optimizer"], whole["gradients"], whole["weights"]) == (8 * n, 4 * n, 4 * n)
+    assert [m["optimizer"] for m in sharded] == [12 * n / 2] * 3
+    assert [m["gradients"] for m in sharded] == [4 * n, 2 * n, 2 * n]
+    assert [m["weights"] for m in sharded] == [4 * n, 4 * n, 2 * n]
+    assert all(m["activations"] == whole["activations"] / 2 for m in sharded)
+
+
+def test_epochs_are_exact_once_the_corpus_is_prepared(tiny, monkeypatch):
+    from distill import forecast
+    from distill.context import Context
+    from distill.preflight import Planned
+    from distill.recipe import load
+
+    monkeypatch.chdir(tiny)
+    recipe = load("tiny.yaml")
+    planned = Planned(recipe, Context(recipe, tiny / "runs", 0))
+    assert not forecast.forecast(recipe.stages[1], planned, 1).exact
+    (tiny / "runs" / "corpora" / "text").mkdir(parents=True)
+    (tiny / "runs" / "corpora" / "text" / "manifest.json").write_text('{"rows": {"train": 21}}')
+    known = forecast.forecast(recipe.stages[1], planned, 1)
+    assert known.exact and known.steps == 6  # two epochs of 21 rows, 8 a step
+
+
+def test_a_relation_head_count_that_does_not_divide_is_refused_before_any_data_is_read(tiny):
+    (tiny / "words.txt").unlink()
+    done = distill("run", "tiny.yaml", "student.train.loss.0.relation_kl.heads=7", cwd=tiny)
+    assert done.returncode == 2 and "heads=7 does not divide the student's width 24" in done.stderr
+    assert not (tiny / "runs").exists()
+
+
+# Many ranks: the launcher alone, with a small program in place of the training
+
+CHILD = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+assert os.environ["WORLD_SIZE"] == "2" and os.environ["LOCAL_RANK"] == str(rank) and os.environ["DISTILL_STORE"]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+{body}
+"""
+
+PARENT = """
+import subprocess, sys
+from distill import launch
+launch.command = lambda arguments: [sys.executable, "-c", {child!r}]
+print(launch.launch(2, []))
+"""
+
+
+def launched(body, **environment):
+    program = PARENT.format(child=CHILD.format(body=body))
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ranks_get_their_places_and_threads():
+    job = launched("print('threads', os.environ['OMP_NUM_THREADS'], file=sys.stderr)", OMP_NUM_THREADS="5")
+    said, errors = job.communicate(timeout=30)
+    assert said == "0\n" and sorted(errors.splitlines()) == ["rank 1: threads 5", "threads 5"]
+
+
+def test_when_one_rank_fails_the_others_end_and_its_message_comes_first():
+    began = time.monotonic()
+    body = "print('error: stopped: another rank failed, its message', file=sys.stderr) if rank == 0 else None\n"
+    body += "time.sleep(60) if rank == 0 else sys.exit('error: disk full')"
+    said, errors = launched(body).communicate(timeout=30)
+    assert said == "1\n" and errors == "rank 1: error: disk full\n"
+    assert time.monotonic() - began < 10
+
+
+def test_a_rank_that_was_killed_is_named():
+    said, errors = launched("time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)").communicate(timeout=30)
+    assert said == "137\n" and "rank 1 was ended by SIGKILL" in errors
+
+
+def test_a_signal_reaches_every_rank():
+    job = launched("print('up', file=sys.stderr, flush=True); time.sleep(60)")
+    assert {job.stderr.readline(), job.stderr.readline()} == {"up\n", "rank 1: up\n"}
+    job.send_signal(signal.SIGTERM)
+    assert job.communicate(timeout=20)[0] == "143\n"
+
+
+def test_ranks_that_a_launcher_started_are_counted_not_started(tmp_path):
+    done = distill("run", "minilm", "--ranks", "3", cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 2 and "the launcher started 2 ranks" in done.stderr

@@ -25,7 +25,6 @@ from growth import files
 from growth.writer import CARRIED
 
 __all__ = ["Facts", "export", "facts", "freeze", "fresh", "load", "resolve", "seed_checkpoint", "weights_sha256"]
-_described = loading.configuration  # until distill/preflight.py hands its dict to `facts` itself
 
 
 def freeze(model: nn.Module) -> nn.Module:

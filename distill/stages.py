@@ -166,28 +166,26 @@ def _do(task: Task, tasks: list[Task], work: Work) -> None:
 
 
 def _open(task: Task, tasks: list[Task]) -> None:
-    """Leave stage.json saying `done` where nothing is to be done, else `running`."""
+    """Leave stage.json saying `done` where nothing is to be done, else `running`; what training saved is never lost."""
     manifest, inputs = _manifest(task), inputs_of(task)
     if manifest is None:
         _begin(task, inputs)
         return
-    changed = differences(manifest["inputs"], inputs)
-    if manifest["state"] == RUNNING and changed:
+    state, changed = manifest["state"], differences(manifest["inputs"], inputs)
+    if state != STALE and not changed:
+        kept = "finished before and unchanged, not run again" if state == DONE else "goes on where it was interrupted"
+        say(f"{task.name}: {kept}")
+        return
+    if state == RUNNING and any(task.directory.glob("snapshots/*")):
         raise UserError(
             f"{task.name} was interrupted and its recipe has changed since ({changed}); "
             f"undo that, or begin it again with --from {task.stage.id}"
         )
-    if manifest["state"] == RUNNING:
-        say(f"{task.name}: goes on where it was interrupted")
-    elif manifest["state"] == DONE and not changed:
-        say(f"{task.name}: finished before and unchanged, not run again")
-    else:
-        why = manifest.get("why", changed) if manifest["state"] == STALE else changed
-        say(f"{task.name}: runs again ({why})")
-        for later in [t for t in tasks if t.follows(task)]:
-            _make_stale(later, f"follows {task.name}")
-        _remove(task.directory)
-        _begin(task, inputs)
+    say(f"{task.name}: runs again ({manifest['why'] if state == STALE else changed})")
+    for later in [t for t in tasks if t.follows(task)]:
+        _make_stale(later, f"follows {task.name}")
+    _remove(task.directory)
+    _begin(task, inputs)
 
 
 def _remove(directory: Path) -> None:

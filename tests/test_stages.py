@@ -41,12 +41,15 @@ class Log:
 
     ran: list[str] = field(default_factory=list)
     break_in: str = ""
+    saves: bool = True
 
     def train(self, spec, context, directory):
         self.ran.append(directory.name)
         for part in ("start", "model"):
             (directory / part).mkdir(exist_ok=True)
         (directory / "kept").touch()
+        if self.saves:
+            (directory / "snapshots" / "step-1").mkdir(parents=True, exist_ok=True)
         if directory.name == self.break_in:
             raise KeyboardInterrupt
         context.model(spec.student.from_ or spec.student.new.like)
@@ -84,8 +87,8 @@ class Runs:
         (self.root / "recipe.yaml").write_text(text % self.root)
         return recipes.load(self.root / "recipe.yaml", overrides)
 
-    def __call__(self, *overrides, break_in="", out=None, **options):
-        log = Log(break_in=break_in)
+    def __call__(self, *overrides, break_in="", saves=True, out=None, **options):
+        log = Log(break_in=break_in, saves=saves)
         try:
             stages.run(self.recipe(*overrides), out or self.out, work=log.work(), **options)
         except KeyboardInterrupt:
@@ -167,6 +170,12 @@ def test_an_interrupted_stage_does_not_go_on_with_another_recipe(runs):
         runs("second.train.lr=0.2")
     assert (runs.out / "second" / "kept").exists()
     assert runs("second.train.lr=0.2", start_from="second") == ["second", "twin", "report", "table"]
+
+
+def test_an_interrupted_stage_that_saved_nothing_yet_begins_again_with_the_new_recipe(runs, capsys):
+    runs(break_in="second", saves=False)
+    assert runs("second.train.lr=0.2") == ["second", "twin", "report", "table"]
+    assert "second: runs again (lr 0.1 -> 0.2)" in capsys.readouterr().err
 
 
 def test_a_redo_that_is_interrupted_leaves_what_follows_stale(runs):

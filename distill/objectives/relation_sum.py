@@ -18,7 +18,7 @@ from distill.objectives.segments import Group, groups, sequences
 
 # Scores of one block: 8 heads or more, and as many rows as then fit, SCORES / (8 n). The head width does not enter, no
 # buffer depends on it. The first is measured (benchmarks/LOG.md, 2026-11-21), the second is a guess.
-SCORES, SCORES_ON_A_GPU = 2**20, 2**26
+SCORES, SCORES_ON_A_GPU = 2**19, 2**26
 HEADS = 8
 HIDDEN = -1e30  # swallows the score it is written over; not minus infinity, for hidden scores are subtracted
 
@@ -51,7 +51,7 @@ def relation_kl(
 def relation_count(segments: Tensor, reduction: str) -> Tensor:
     """What the sum is divided by: the number of sequences ("sample") or of tokens ("token"), float64."""
     positions, lengths = sequences(segments)
-    return torch.tensor(len(lengths if reduction == "sample" else positions), dtype=torch.float64)
+    return segments.new_tensor(len(lengths if reduction == "sample" else positions), dtype=torch.float64)
 
 
 def relation_sum(

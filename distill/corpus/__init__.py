@@ -3,7 +3,7 @@
 from distill.corpus.batches import Batch, Batches, unpack
 from distill.corpus.masking import mlm
 from distill.corpus.order import Order
-from distill.corpus.prepare import prepare
+from distill.corpus.preparation import prepare
 from distill.corpus.store import Corpus, open
 
 __all__ = ["Batch", "Batches", "Corpus", "Order", "mlm", "open", "prepare", "unpack"]

@@ -110,13 +110,15 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
 
 
 def _rows(stream: BinaryIO, path: Path, field: str) -> Iterator[Document]:
+    import pyarrow
     from pyarrow import parquet
 
     metadata, budget = parquet.read_metadata(stream), Budget(path)
-    types = {column.name: str(column.type) for column in metadata.schema.to_arrow_schema()}
+    types = {column.name: column.type for column in metadata.schema.to_arrow_schema()}
     if field not in types:
         raise UserError(_no_field(field, list(types), str(path)))
-    if types[field] not in ("string", "large_string"):
+    stored = types[field].value_type if pyarrow.types.is_dictionary(types[field]) else types[field]
+    if str(stored) not in ("string", "large_string"):
         raise UserError(f"{path}: {field!r} holds {types[field]}, not text")
     wanted = [field, *({LABEL} & set(types) - {field})]
     _check_sizes(metadata, wanted, path)

@@ -106,23 +106,23 @@ def _prose_blocks(source: str) -> list[str]:
     """Docstrings and comment blocks of one module, in the order of their lines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
-        tree = ast.parse(source)
-    return [text for _, text in sorted([*_docstrings(tree), *_comments(source, tree)])]
+        nodes = list(ast.walk(ast.parse(source)))
+    return [text for _, text in sorted([*_docstrings(nodes), *_comments(source, nodes)])]
 
 
-def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(tree):
+def _docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
                 yield node.body[0].lineno, text
 
 
-def _comments(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+def _comments(source: str, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """Runs of whole-line comments; a `#` at the start of a line inside a string is none."""
     inside = {
         line
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno > node.lineno
         for line in range(node.lineno + 1, node.end_lineno + 1)
     }

@@ -130,7 +130,8 @@ def _zstd(path: Path) -> Iterator[bytes]:
             while data := file.read(1024):  # 1 KiB in is 32 MiB out at most
                 while data:
                     frame = frame or unpacker.decompressobj()
-                    yield frame.decompress(data) or b""
+                    if block := frame.decompress(data):
+                        yield block
                     data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     except zstandard.ZstdError as error:
         raise UserError(f"{path}: damaged zstd file: {error}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import re
 import socket
@@ -84,8 +86,7 @@ def entry(step, **changes):
             "seconds": 0.2, "teacher_share": 0.4, "memory": 10**9} | changes  # fmt: skip
 
 
-@pytest.fixture
-def run(tmp_path):
+def make_run(tmp_path):
     """A run directory of three seeds as the stages leave it."""
     (tmp_path / "recipe.yaml").write_text("# torch 2.13\n" + yaml.safe_dump(RECIPE, sort_keys=False))
     write(tmp_path / "worth" / RESULT, RESULTS)
@@ -97,6 +98,22 @@ def run(tmp_path):
             write(directory / "stage.json", {"metrics": {"steps": 40, "seconds": 61.0, "frozen": ["layer.2.output"]}})
             (directory / "log.jsonl").write_text("".join(json.dumps(entry(s)) + "\n" for s in range(1, 41)))
     return tmp_path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """To be changed; without pictures, which take longest."""
+    monkeypatch.setattr(plots, "draw", lambda *_: {})
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """(run directory with its report, what the terminal showed); only to be read."""
+    run, terminal = make_run(tmp_path_factory.mktemp("reported")), io.StringIO()
+    with contextlib.redirect_stdout(terminal):
+        report.rebuild(run)
+    return run, terminal.getvalue()
 
 
 def write(path, value):
@@ -120,8 +137,8 @@ def numbers(text):
 # The figures
 
 
-def test_report_json_has_the_documented_form(run):
-    report.rebuild(run)
+def test_report_json_has_the_documented_form(reported):
+    run, _ = reported
     found = json.loads((run / "report.json").read_text())
     assert set(found) == {"recipe", "equal", "rows", "machine", "versions", "command"}
     assert set(found["machine"]) == {"cores", "cpu", "memory", "gpu"}
@@ -133,9 +150,9 @@ def test_report_json_has_the_documented_form(run):
     assert socket.gethostname() not in (run / "report.json").read_text()
 
 
-def test_json_markdown_and_terminal_show_the_same_numbers(run, capsys):
-    found = report.rebuild(run)
-    terminal = capsys.readouterr().out.splitlines()
+def test_json_markdown_and_terminal_show_the_same_numbers(reported):
+    run, terminal = reported
+    found, terminal = json.loads((run / "report.json").read_text()), terminal.splitlines()
     markdown = (run / "report.md").read_text().splitlines()
     for row in found["rows"]:
         shown = numbers(next(line for line in terminal if line.startswith(row["name"])))
@@ -145,11 +162,10 @@ def test_json_markdown_and_terminal_show_the_same_numbers(run, capsys):
             assert f"{values['mean']:,.{METRICS[name]['digits']}f}" in shown
 
 
-def test_a_second_report_is_the_first_one(run):
-    report.rebuild(run)
-    first = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    report.rebuild(run)
-    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == first
+def test_a_second_report_is_the_first_one(reported, tmp_path):
+    report.rebuild(make_run(tmp_path))
+    first, second = ({f.name: f.read_bytes() for f in run.iterdir() if f.is_file()} for run in (reported[0], tmp_path))
+    assert first == second
 
 
 def test_the_best_value_below_the_teacher_is_marked():
@@ -242,8 +258,7 @@ def test_a_run_without_evaluation_says_so_and_writes_nothing(run):
 def test_a_stage_without_log_has_no_picture(run):
     for log in run.glob("twin@*/log.jsonl"):
         log.unlink()
-    report.rebuild(run)
-    assert (run / "training-student.png").exists() and not (run / "training-twin.png").exists()
+    assert list(report.training_logs(run, report.gather(run)["stages"])) == ["student"]
 
 
 def test_the_unfinished_last_line_of_a_log_is_dropped(tmp_path):
@@ -254,8 +269,8 @@ def test_the_unfinished_last_line_of_a_log_is_dropped(tmp_path):
 # Pictures
 
 
-def test_pictures_are_png_files_that_the_report_links(run):
-    report.rebuild(run)
+def test_pictures_are_png_files_that_the_report_links(reported):
+    run, _ = reported
     linked = re.findall(r"!\[.+\]\((.+)\)", (run / "report.md").read_text())
     assert linked == ["quality.png", "training-student.png", "training-twin.png"]
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in linked)
@@ -277,8 +292,8 @@ def front_matter(path):
     return yaml.safe_load(matter), text
 
 
-def test_every_exported_model_has_a_card(run):
-    report.rebuild(run)
+def test_every_exported_model_has_a_card(reported):
+    run, _ = reported
     matter, text = front_matter(run / "student@1" / "model" / "README.md")
     assert matter["base_model"] == ["someone/big-one"]
     assert matter["library_name"] == "transformers" and matter["pipeline_tag"] == "fill-mask"
@@ -287,8 +302,8 @@ def test_every_exported_model_has_a_card(run):
         assert told in text
 
 
-def test_a_model_without_a_teacher_names_no_base_model(run):
-    report.rebuild(run)
+def test_a_model_without_a_teacher_names_no_base_model(reported):
+    run, _ = reported
     matter, text = front_matter(run / "twin@0" / "model" / "README.md")
     assert "base_model" not in matter
     assert "trained without a teacher" in text and "random weights in the architecture of `student`" in text

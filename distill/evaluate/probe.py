@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -58,7 +59,9 @@ class Probe:
         y = torch.tensor([classes.index(label) for label in labels])
         fold = torch.tensor([text_hash(text) % self.folds for text in texts])
         for subject in subjects:
-            right = correct(subject.embed(texts), y, fold, self.ridge).double()
+            embeddings = subject.embed(texts)
+            with one_thread():
+                right = correct(embeddings, y, fold, self.ridge).double()
             share = right.mean().item()
             yield Score(share, math.sqrt(share * (1 - share) / len(right)))
 
@@ -77,6 +80,19 @@ class Probe:
 @cache
 def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@contextmanager
+def one_thread():
+    """For small products threads bring little, and on a busy machine they wait for each other (measured: ten times)."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def correct(x, y, fold, ridge: float):

@@ -67,7 +67,7 @@ class EngineSpec(Value):
     """How DeepSpeed runs it; nothing here changes what is computed beyond rounding."""
 
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: what is sharded over ranks")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward and backward pass")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward and backward pass")
     micro_batch: Positive | None = Field(None, description="rows of one forward pass on one rank; null: all of a step")
     deepspeed: dict[str, Any] = Field({}, description="passed through to DeepSpeed's configuration")
 
@@ -79,9 +79,7 @@ class ModelSpec(Value):
         alias="from", description="hub id, path or package:NAME/SUBPATH, or a list of them"
     )
     revision: str | None = Field(None, description="of a hub repository: branch, tag or commit")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="to load in; null: as the run asks"
-    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="to load in; null: as the run asks")
     sha256: Annotated[str, Field(pattern=mistakes.SHA256)] | None = Field(None, description="of the weights")
 
     @model_validator(mode="before")
@@ -178,12 +176,8 @@ class TrainSpec(Value):
     optim: OptimSpec
     lr: Schedule = Field(description="learning rate")
     stop: StopSpec = Field(description="exactly one of steps, epochs, tokens")
-    save_every: Positive | None = Field(None, description="steps between snapshots; null: only when stopped")
-    evaluate_every: Positive | None = Field(None, description="steps between held-out losses")
+    save_every: Positive = Field(100, description="steps between snapshots")
     keep: Positive = Field(1, description="snapshots to keep")
-    nonfinite: Literal["error"] = Field(
-        "error", description="what a loss that is not finite does: stop, weights untouched"
-    )
     dropout: bool = Field(False, description="train the student with the dropout of its config")
 
     def objectives(self) -> list[tuple[str, Value]]:

@@ -107,7 +107,7 @@ class Engine:
             self.engine.step()  # between micro-batches this only counts
 
     def step(self, lr: float) -> float:
-        """Clip, update, zero the gradients; returns the norm before clipping. NonFinite leaves the weights untouched."""
+        """Clip, update, zero the gradients; returns the norm before clipping. NonFinite: no weight was changed."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         norm = self._plain_norm() if self._is_plain else None

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distill import corpus, layout, models, snapshot, world
+from distill import corpus, layout, models, snapshot, sources, world
 from distill.engine import Engine, NonFinite
-from distill.objectives.cross_entropy import scored
+from distill.objectives import scored
 from distill.schedules import Progress
 from distill.taps import Trace, trace
 from growth import console
@@ -93,13 +93,13 @@ class Data:
         self.batches, self.batch, self.micro_batch = batches, batch, micro_batch
         self.packed, self.device = packed, device
 
-    def __call__(self, step: int) -> list[dict]:
-        """The micro-batches of this rank, on its device."""
+    def __call__(self, step: int, mask: float | None = None) -> list[dict]:
+        """The micro-batches of this rank, on its device; `mask` is the masking rate of this step."""
         mine = range(world.rank(), self.batch // self.micro_batch, world.size())
-        return [self._load(step * self.batch + m * self.micro_batch) for m in mine]
+        return [self._load(step * self.batch + m * self.micro_batch, mask) for m in mine]
 
-    def _load(self, position: int) -> dict:
-        batch = self.batches.at(range(position, position + self.micro_batch))
+    def _load(self, position: int, mask: float | None) -> dict:
+        batch = self.batches.at(range(position, position + self.micro_batch), mask)
         batch = batch if self.packed else corpus.unpack(batch)
         return {key: value.to(self.device) for key, value in batch.items()}
 
@@ -116,7 +116,8 @@ class Stage:
     def __init__(self, spec, context, directory: Path):
         self.spec, self.context, self.directory = spec, context, directory
         self.objectives = named_losses(spec)
-        self.head = next((o.needs().head for o in self.objectives.values() if o.needs().head), None)
+        headed = next((o for o in self.objectives.values() if o.needs().head), None)
+        self.head, self.mask = (headed.needs().head, headed.mask) if headed else (None, None)
         self.micro_batch = micro_batch(context.recipe.engine, spec.optim)
         self.start = world.first(self._make_start) or directory / "start"
         self.corpus = corpus.open(context.corpus(spec.data), "train")
@@ -134,16 +135,16 @@ class Stage:
         return start
 
     def _load_target(self, target) -> nn.Module:
-        dtype = torch.bfloat16 if self.context.recipe.engine.precision == "bf16" else torch.float32
-        model = models.load(self.context.model(target.from_), None, dtype)
+        recipe = self.context.recipe
+        asked = recipe.models[target.from_].dtype if target.from_ in recipe.models else None
+        dtype = asked or {"fp32": "float32", "bf16": "bfloat16"}[recipe.engine.precision]
+        model = models.load(self.context.model(target.from_), None, getattr(torch, dtype))
         return models.freeze(model).to(world.device())
 
     def _data(self) -> Data:
-        ce = next((o for o in self.objectives.values() if o.needs().head), None)
-        mask = {} if ce is None else {"objective": self.head, "mask": ce.mask}
         together = [self.student, *self.targets.models.values()]
         packed = all(layout.packable(model.config) for model in together)
-        batches = corpus.Batches(self.corpus, seed=self.context.seed, **mask)
+        batches = corpus.Batches(self.corpus, self.context.seed, self.head)
         return Data(batches, self.spec.optim.batch, self.micro_batch, packed, world.device())
 
     def run(self) -> dict:
@@ -166,9 +167,9 @@ class Stage:
         return {
             "recipe_digest": digest(self.spec.model_dump(mode="json", by_alias=True)),
             "seed": self.context.seed,
-            "student_digest": models.digest(self.start),
+            "student_digest": sources.weights_sha256(self.start),
             "teacher_digests": {
-                name: models.digest(self.context.model(t.from_)) for name, t in self.spec.targets.items()
+                name: sources.weights_sha256(self.context.model(t.from_)) for name, t in self.spec.targets.items()
             },
             "corpus_digest": self.corpus.digest,
             "stage": engine.zero,
@@ -216,7 +217,7 @@ class Stage:
         progress = Progress(step=step, steps=self.steps, tokens=tokens)
         weights = {name: o.weight.at(progress) for name, o in self.objectives.items()}
         active = [name for name, weight in weights.items() if weight]
-        batches = self.data(step)
+        batches = self.data(step, self.mask.at(progress) if self.mask else None)
         counts, real = self._count(batches, active)
         sums, teaching = dict.fromkeys(counts, 0.0), 0.0
         for batch in batches:
@@ -269,7 +270,7 @@ class Stage:
     def _export(self, engine: Engine) -> None:
         """The student as an ordinary directory: trained masters, everything else as it was at the start."""
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
-        world.first(lambda: models.export(self.start, self.head, trained, self.directory / "model"))
+        world.first(lambda: models.export(self.start, trained, self.directory / "model"))
 
 
 def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data) -> list[str]:

@@ -35,7 +35,7 @@ def device():
 
 
 def start() -> None:
-    """Join the process group: a launcher's, the one of `DISTILL_STORE`, or a group of one. A second call does nothing."""
+    """Join the process group: a launcher's, the one of `DISTILL_STORE`, or a group of one. Once is enough."""
     import torch
     import torch.distributed as dist
 

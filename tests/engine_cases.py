@@ -1,0 +1,192 @@
+"""All that is asked of the engine on one ZeRO stage, in one process a rank: `engine_cases.py STAGE`, result as JSON.
+
+DeepSpeed's stage 3 patches the process, hence one stage a process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import tiny
+import torch
+
+from distill import snapshot, world
+from distill.engine import KEYS, Engine, NonFinite
+from distill.models import freeze
+from distill.objectives import OBJECTIVES
+from distill.train import Data, Lesson, Targets, freeze_unreachable
+from growth.errors import UserError
+
+STAGE = int(sys.argv[1]) if __name__ == "__main__" else 0
+LENGTH, BATCH = 24, 8
+
+
+class Rows:
+    """Packed rows made from their position alone: two or three documents of uneven length, some padding, MLM labels."""
+
+    def at(self, positions, mask=None) -> dict:
+        rows = [self._row(p) for p in positions]
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _row(self, position: int) -> dict:
+        g = torch.Generator().manual_seed(position)
+        ids = torch.randint(5, tiny.VOCAB, (LENGTH,), generator=g)
+        cuts = torch.randint(1, LENGTH, (3,), generator=g).sort().values.tolist()
+        segments = torch.zeros(LENGTH, dtype=torch.long)
+        for number, (a, b) in enumerate(zip([0, *cuts[:2]], cuts, strict=True), 1):
+            segments[a:b] = number
+        scored = (torch.rand(LENGTH, generator=g) < 0.3) & (segments > 0)
+        return {
+            "input_ids": ids.where(segments > 0, 0),
+            "segment_ids": segments,
+            "labels": ids.where(scored, -100),
+            "sample_ids": torch.tensor(position),
+        }
+
+
+def parts(micro_batch: int, packed: bool = True):
+    """A student of two losses, its teacher, and the data."""
+    objectives = {
+        "relation_kl": OBJECTIVES["relation_kl"](target="t", relations=["qq", "kk", "vv"], heads=6),
+        "ce": OBJECTIVES["ce"](objective="mlm"),
+    }
+    lesson = Lesson(tiny.model("bert", head="mlm", seed=1), objectives)
+    targets = Targets({"t": freeze(tiny.model("bert", seed=2))}, objectives)
+    return lesson, targets, Data(Rows(), BATCH, micro_batch, packed, torch.device("cpu"))
+
+
+class Run:
+    """The loop of train.py without the recipe around it."""
+
+    def __init__(self, precision: str = "fp32", micro_batch: int = 2, packed: bool = True, clip: float = 1.0):
+        self.lesson, self.targets, self.data = parts(micro_batch, packed)
+        freeze_unreachable(self.lesson, self.targets, self.data)
+        self.targets.models["t"].to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        spec = SimpleNamespace(zero=STAGE, precision=precision, deepspeed={})
+        optim = SimpleNamespace(batch=BATCH, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, clip=clip)
+        self.engine = Engine(self.lesson, spec, optim, micro_batch)
+
+    def step(self, step: int, spoil: float = 1.0) -> float:
+        """One update; returns the global loss."""
+        names, batches, loss = list(self.lesson.objectives), self.data(step), 0.0
+        counts = {}
+        for batch in batches:
+            for name in names:
+                for k, n in self.lesson.objectives[name].count(batch).items():
+                    counts[f"{name}.{k}"] = counts.get(f"{name}.{k}", 0.0) + float(n)
+        counts = dict(zip(counts, world.agree(*counts.values()), strict=True))
+        for batch in batches:
+            terms = self.engine(batch, self.targets(batch, names), names)
+            share = sum(value / counts[key] for key, value in terms.items())
+            self.engine.backward(share * spoil)
+            loss += float(share.detach())
+        self.engine.step(0.01)
+        return world.agree(loss)[0]
+
+    def state(self) -> dict:
+        return {(key, name): tensor.clone() for key in KEYS for name, tensor in self.engine.state(key)}
+
+    def gradient(self) -> torch.Tensor:
+        """Of one step, whole and flat: Adam's first moment after one unclipped step is a tenth of it."""
+        self.step(0)
+        flat = torch.cat([10 * tensor.flatten() for _, tensor in self.engine.state("exp_avg")])
+        self.engine.close()
+        return flat
+
+
+def resumes(precision: str) -> bool:
+    """Three steps, a snapshot on disk, two more: against two steps of a new engine that has read the snapshot."""
+    run = Run(precision)
+    for step in range(3):
+        run.step(step)
+    with shared_directory() as parent:
+        belongs = {"recipe_digest": "r", "stage": STAGE, "ranks": world.size()}
+        path = snapshot.save(parent, 3, run.engine, belongs, {"position": 3 * BATCH})
+        losses, end = [run.step(3), run.step(4)], run.state()
+        run.engine.close()
+        again = Run(precision)
+        assert snapshot.latest(parent) == path
+        assert snapshot.restore(path, again.engine, belongs)["step"] == 3
+        try:
+            snapshot.restore(path, again.engine, {**belongs, "recipe_digest": "other"})
+            raise AssertionError("a snapshot of another recipe was taken")
+        except UserError as error:
+            assert "recipe_digest was 'r', is 'other'" in str(error)
+        same = [again.step(3), again.step(4)] == losses
+        found = again.state()
+        again.engine.close()
+        world.barrier()
+    return same and all(torch.equal(end[key], found[key]) for key in end)
+
+
+def shared_directory():
+    """The same temporary directory on every rank."""
+    import torch.distributed as dist
+
+    world.start()
+    made = TemporaryDirectory() if world.rank() == 0 else None
+    names = [made.name if made else None]
+    dist.broadcast_object_list(names)
+    return _Directory(Path(names[0]), made)
+
+
+class _Directory:
+    def __init__(self, path, made):
+        self.path, self.made = path, made
+
+    def __enter__(self):
+        return self.path
+
+    def __exit__(self, *_):
+        world.barrier()
+        if self.made:
+            self.made.cleanup()
+
+
+def refuses_what_is_not_finite() -> bool:
+    """A gradient of NaN changes neither weights nor moments, and says so."""
+    run = Run()
+    run.step(0)
+    before = run.state()
+    try:
+        run.step(1, spoil=float("nan"))
+        return False
+    except NonFinite:
+        after = run.state()
+        run.engine.close()
+        return all(torch.equal(before[key], after[key]) for key in before)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    run = Run()
+    losses = [run.step(step) for step in range(4)]
+    run.engine.close()
+    whole = Run(micro_batch=BATCH // world.size(), clip=0.0).gradient()
+    cuts = {
+        f"{m}x{BATCH // m // world.size()}": relative(Run(micro_batch=m, clip=0.0).gradient(), whole) for m in (1, 2)
+    }
+    cuts["padded"] = relative(Run(micro_batch=2, packed=False, clip=0.0).gradient(), whole)
+    print(
+        json.dumps(
+            {
+                "losses": losses,
+                "gradient": whole.tolist() if world.rank() == 0 else None,
+                "cuts": cuts,
+                "resumes": {precision: resumes(precision) for precision in ("fp32", "bf16")},
+                "refuses": refuses_what_is_not_finite(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

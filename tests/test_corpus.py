@@ -453,7 +453,7 @@ BAD = {
     "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}', r"utf8\.jsonl:2: not UTF-8"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": "b"\n', r"broken\.jsonl:2: Expecting"),
     "list.jsonl": (b'["a"]', r"list\.jsonl:1: expected an object .* found a list"),
-    "number.jsonl": (b'{"text": 5}', r"number\.jsonl:1: 'text' is a int, not text"),
+    "number.jsonl": (b'{"text": 5}', r"number\.jsonl:1: 'text' is of type int, not text"),
     "twice.jsonl": (b'{"text": "a", "text": "b"}', r"twice\.jsonl:1: key 'text' stands twice"),
     "half.jsonl": (b'{"text": "\\ud800"}', r"half\.jsonl:1: half a character"),
     "missing.jsonl": (b'{"txt": "a", "id": 3}', r"missing\.jsonl:1: no 'text' here, only txt, id; .* mean 'txt'"),
@@ -536,7 +536,7 @@ def test_a_corpus_without_text_is_refused_and_leaves_nothing(content, tokenizer,
 
 def test_too_few_documents_to_hold_some_out_are_refused(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("one document")
-    with pytest.raises(UserError, match=r"1 documents are too few to hold out 0\.2"):
+    with pytest.raises(UserError, match=r"1 document is too few to hold out 0\.2"):
         corpus.prepare(spec(tmp_path / "a.txt"), tokenizer, tmp_path / "corpus")
     corpus.prepare(spec(tmp_path / "a.txt", heldout=0.0), tokenizer, tmp_path / "corpus")
     with pytest.raises(UserError, match="has no heldout part, only train"):

@@ -60,19 +60,26 @@ def _text(path: Path, field: str) -> Iterator[Document]:
     """Documents end at blank lines; in a file whose first MiB has none, each line is one."""
     with opened(path) as stream:
         by_line = BLANK_LINE.search(stream.read(FIRST_LOOK)) is None
-    held, continues = "", False
+    held, size, continues = [], 0, False
     with opened(path) as stream:
         for _, piece in lines(stream, path, LONGEST):
-            *full, held = pieces(held + piece)
-            for head in full:
-                yield Document(head, _part(path), continues)
-                continues = True
+            held.append(piece)
+            size += len(piece)
+            if size > LONGEST:
+                *full, rest = pieces("".join(held))
+                yield from (Document(head, _part(path), continues or i > 0) for i, head in enumerate(full))
+                held, size, continues = [rest], len(rest), True
             if piece.endswith("\n") if by_line else piece.isspace():
-                if by_line or not held.isspace():
-                    yield Document(held, _part(path), continues)
-                held, continues = "", False
-    if held:
-        yield Document(held, _part(path), continues)
+                yield from _whole(held, path, continues, by_line)
+                held, size, continues = [], 0, False
+    yield from _whole(held, path, continues, keep_blank=False)
+
+
+def _whole(held: list[str], path: Path, continues: bool, keep_blank: bool) -> Iterator[Document]:
+    """One document, unless it is nothing but the space between two."""
+    text = "".join(held)
+    if keep_blank or text.strip():
+        yield Document(text, _part(path), continues)
 
 
 def _json_lines(path: Path, field: str) -> Iterator[Document]:
@@ -91,7 +98,7 @@ def from_record(record: Any, field: str, part: str, where: str) -> Document:
         raise UserError(_no_field(field, list(record), where))
     value, label = record[field], record.get(LABEL)
     if not isinstance(value, str | None):
-        raise UserError(f"{where}: {field!r} is a {type(value).__name__}, not text")
+        raise UserError(f"{where}: {field!r} is of type {type(value).__name__}, not text")
     return Document(text(value or "", where), part if label is None else text(str(label), where))
 
 

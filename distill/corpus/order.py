@@ -15,7 +15,8 @@ def raw(n: int, seed: int, purpose: int, epoch: int, item: int = 0) -> np.ndarra
     Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") has no state to carry along. numpy
     promises the raw output of a bit generator to stay the same for ever, but not what `Generator` makes of it.
     """
-    return np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, item]).random_raw(n)
+    key, counter = np.array([seed, purpose], np.uint64), np.array([0, 0, epoch, item], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(n)
 
 
 class Order:

@@ -67,9 +67,11 @@ def _hub(spec) -> Iterator[Document]:
     if "/" not in name:
         known = f"{', '.join(EMBEDDED)}, a path or a data set on the hub (owner/name)"
         raise UserError(f"no source {spec.source!r}{did_you_mean(spec.source, EMBEDDED)}; there are {known}")
+    import datasets
+
     try:
         yield from _hub_rows(spec, name, configuration or None)
-    except (OSError, ValueError) as error:  # what `datasets` raises: connections, unknown names, splits, configurations
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data set {spec.source}: {_first_line(error)}") from error
 
 

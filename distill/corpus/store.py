@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from growth.errors import UserError
 VERSION = 2  # of the files and of the rules by which they are made: another number means prepare again
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 TRAIN, HELDOUT = SIDES = ("train", "heldout")
+COLUMNS = ("ids", "segments")  # one array each in a shard
 
 
 class Corpus:
@@ -62,7 +62,7 @@ class Corpus:
     @cached_property
     def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:
         count = -(-self._rows // self._shard)
-        names = [[shard_name(self.side, i, what) for what in ("ids", "segments")] for i in range(count)]
+        names = [[shard_name(self.side, i, what) for what in COLUMNS] for i in range(count)]
         return [tuple(np.load(self.path / name, mmap_mode="r", allow_pickle=False) for name in pair) for pair in names]
 
 
@@ -71,7 +71,7 @@ class Texts:
 
     def __init__(self, path: Path, side: str):
         self.ends, self.parts = (np.load(path / f"{side}.{name}.npy", mmap_mode="r") for name in ("ends", "parts"))
-        self._file = (path / f"{side}.texts").open("rb")
+        self._bytes = np.memmap(path / f"{side}.texts", dtype=np.uint8, mode="r")
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -80,7 +80,7 @@ class Texts:
         if not 0 <= i < len(self.ends):
             raise IndexError(i)
         start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
-        return os.pread(self._file.fileno(), end - start, start).decode()
+        return self._bytes[start:end].tobytes().decode()
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))

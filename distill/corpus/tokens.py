@@ -45,7 +45,7 @@ def facts(tokenizer) -> Facts:
     prefix, suffix = _frame(tokenizer)
     end = tokenizer.eos_token_id
     return Facts(
-        vocabulary=len(tokenizer),
+        vocabulary=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
         prefix=prefix,
         suffix=suffix,
         end=[] if suffix or end is None else [end],

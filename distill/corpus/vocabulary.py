@@ -8,9 +8,10 @@ Hence the letters are numbered beforehand for WordPiece, and unigram is counted 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 from growth.errors import UserError
 
@@ -18,7 +19,7 @@ BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_t
 ROBERTA = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>",
            "cls_token": "<s>", "sep_token": "</s>"}  # fmt: skip
 
-WORDS = 200_000  # the most frequent ones, of which unigram pieces are made: memory stays bounded
+CHARACTERS = 500_000  # of the most frequent words, of which unigram pieces are made: memory stays bounded
 LONGEST_PIECE, SEEDS, KEPT = 16, 10, 0.75  # characters; candidates for each piece wanted; share kept in a round
 
 
@@ -98,8 +99,8 @@ def _unigram(size: int, special: list[str], texts: Sequence[str]):
             break
         keep = max(wanted, round(KEPT * len(counts)))
         longer = sorted(counts.keys() - letters, key=lambda piece: (-used[piece], piece))
-        counts = Counter({piece: max(used[piece], 1) for piece in [*sorted(letters), *longer[: keep - len(letters)]]})
-    trained = model(Counter({piece: max(used[piece], 1) for piece in counts}))
+        counts = _at_least_once(used, [*sorted(letters), *longer[: keep - len(letters)]])
+    trained = model(_at_least_once(used, list(counts)))
     trained.add_special_tokens(special)
     return trained
 
@@ -107,7 +108,9 @@ def _unigram(size: int, special: list[str], texts: Sequence[str]):
 def _words(normalizer, splitter, texts: Sequence[str]) -> Counter[str]:
     split = (splitter.pre_tokenize_str(normalizer.normalize_str(text)) for text in texts)
     found = Counter(word for word, _ in chain.from_iterable(split))
-    return Counter(dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))[:WORDS]))
+    common = sorted(found, key=lambda word: (-found[word], word))
+    within = bisect_right(list(accumulate(map(len, common))), CHARACTERS)
+    return Counter({word: found[word] for word in common[: max(within, 1)]})
 
 
 def _seeds(words: Counter[str], limit: int) -> Counter[str]:
@@ -130,6 +133,10 @@ def _used(raw, words: Counter[str]) -> Counter[str]:
         for piece in encoding.tokens:
             used[piece] += n
     return used
+
+
+def _at_least_once(used: Counter[str], pieces: list[str]) -> Counter[str]:
+    return Counter({piece: max(used[piece], 1) for piece in pieces})
 
 
 def _check(size: int, least: int) -> None:

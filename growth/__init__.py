@@ -4,5 +4,7 @@ from growth.checkpoint import Checkpoint, open, write
 from growth.cut import cut
 from growth.depth import insert, stack
 from growth.inspect import inspect
+from growth.verify import verify
+from growth.width import widen
 
-__all__ = ["Checkpoint", "cut", "insert", "inspect", "open", "stack", "write"]
+__all__ = ["Checkpoint", "cut", "insert", "inspect", "open", "stack", "verify", "widen", "write"]

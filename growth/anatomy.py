@@ -38,10 +38,18 @@ class Anatomy:
         pairs = _tied(self.family, self.prefix) if self.family.view(self.config).tie_word_embeddings else {}
         return {head: source for head, source in pairs.items() if head not in stored and self._has(slots[head])}
 
+    @property
+    def tied_head(self) -> bool:
+        """Whether a head multiplies by the embeddings' own table."""
+        body = {row.name for row in self.family.rows if row.body}
+        names = (name.removeprefix(self.prefix).rpartition(".") for name in self.tied)
+        return any(module not in body and part == "weight" for module, _, part in names)
+
     def _has(self, slot: Slot) -> bool:
         """Whether a tensor that is not stored belongs to the model: the rest of its head tells, or else the class."""
-        group = [row.name for row in self.family.rows if row.group == slot.row.group]
-        if slot.row.body or len(group) > 1:
+        tied = {name.rpartition(".")[0] for name in self.family.tied}
+        others = [row for row in self.family.rows if row.group == slot.row.group and row.name not in tied]
+        if slot.row.body or others:
             return any(place.row.group == slot.row.group for place in self.places)
         return any(word in name for name in self.config.get("architectures") or [] for word in LANGUAGE)
 

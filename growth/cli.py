@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from growth.console import Commands, count, say, size, table
-from growth.errors import UsageError
+from growth.errors import UsageError, UserError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
@@ -97,6 +97,62 @@ def cut(src: str, dst: str, layers: str, shard_size: str, check: bool, overwrite
     _done(cut(src, dst, chosen, shard_size=shard_size, check=check, overwrite=overwrite))
 
 
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--hidden", type=int, help="Channels of the residual stream.")
+@click.option("--heads", type=int, help="Query heads.")
+@click.option("--kv-heads", type=int, help="Key-value heads.")
+@click.option("--ffn", type=int, help="Neurons of the feed-forward part.")
+@click.option("--how", default="exact", show_default=True, help="exact, fpi, aki, weighted, zero or mean.")
+@click.option("--noise", default=0.01, show_default=True, help="Between copies; the function does not see it.")
+@click.option("--seed", default=0, show_default=True)
+@writing
+def widen(
+    src: str,
+    dst: str,
+    hidden: int | None,
+    heads: int | None,
+    kv_heads: int | None,
+    ffn: int | None,
+    how: str,
+    noise: float,
+    seed: int,
+    shard_size: str,
+    check: bool,
+    overwrite: bool,
+) -> None:
+    """Make SRC wider, keeping what it computes wherever that is possible."""
+    from growth.width import widen
+
+    asked = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": ffn}
+    way = {"how": how, "noise": noise, "seed": seed}
+    _done(widen(src, dst, **asked, **way, shard_size=shard_size, check=check, overwrite=overwrite))
+
+
+@main.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--dtype", default="float64", show_default=True, help="float32 is what users will run.")
+@click.option("--seed", default=0, show_default=True, help="Of the tokens.")
+def verify(a: str, b: str, dtype: str, seed: int) -> None:
+    """Compare what A and B compute, and B's promise with it. Exit code 1 when a promise is broken."""
+    from growth.verify import verify
+
+    found = verify(a, b, dtype=dtype, seed=seed)
+    facts = [
+        ("largest difference", f"{found.max_abs:.3g}"),
+        ("mean difference", f"{found.mean_abs:.3g}"),
+        ("largest output of A", f"{found.largest:.3g}"),
+        ("computed in", f"{found.dtype} on {found.tokens} random tokens"),
+        ("equal up to rounding", "yes" if found.exact else "no"),
+        ("promised", found.promised),
+    ]
+    table(["fact", "value"], facts)
+    if not found.kept:
+        raise UserError(f"{b} promises to compute what {a} does, and does not")
+
+
 def numbers(text: str) -> list[int]:
     """`0,1,5` -> [0, 1, 5]."""
     try:
@@ -109,5 +165,9 @@ def _done(path) -> None:
     from growth.files import read_json
     from growth.writer import LINEAGE
 
-    words = {"exact": "computes the same as before", "no": "computes something else than before: train it"}
+    words = {
+        "exact": "computes the same as before",
+        "approximate": "computes nearly the same as before; `growth verify` says how nearly",
+        "no": "computes something else than before: train it",
+    }
     say(f"{path}: {words[read_json(path / LINEAGE)['preserves']]}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from growth.anatomy import Anatomy, dissect
-from growth.checkpoint import Checkpoint, open
+from growth.checkpoint import open
 from growth.errors import UsageError, UserError
 from growth.files import ensure_space
 from growth.maps import Layers
@@ -41,6 +41,7 @@ def parse_order(text: str, layers: int) -> list[int]:
         if not found:
             raise UsageError(f"order {text!r}: {part!r} is neither a layer nor a range such as 0-23")
         first, last = int(found[1]), int(found[2] or found[1])
+        checked([first, last], layers)
         order += range(first, last + 1) if first <= last else range(first, last - 1, -1)
     return checked(order, layers)
 
@@ -143,12 +144,12 @@ def transform(
     config, stream = reindex(checkpoint, anatomy, maps)
     pieces = list(stream)
     ensure_space(dst, bytes_after(pieces), f"{operator} into {dst}")
-    facts = depth_facts(checkpoint, anatomy, maps)
+    facts = depth_facts(anatomy, maps)
     story = lineage(operator, arguments, [checkpoint], **facts)
     return write(dst, config, pieces, shard_size=shard_size, lineage=story, carry=src, overwrite=overwrite)
 
 
-def depth_facts(checkpoint: Checkpoint, anatomy: Anatomy, maps: Mapping[str, Layers]) -> dict[str, Any]:
+def depth_facts(anatomy: Anatomy, maps: Mapping[str, Layers]) -> dict[str, Any]:
     """What the lineage says of a map of depth; identity blocks, and copies in place, are all that keep the function."""
     exact = all(_keeps(layers, anatomy.sizes[axis]) for axis, layers in maps.items())
     return {

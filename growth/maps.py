@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,3 +59,68 @@ def _merge(terms: list[tuple[float, int]]) -> Mix:
     for weight, old in terms:
         total[old] = total.get(old, 0.0) + weight
     return tuple(total.items())
+
+
+@dataclass(frozen=True)
+class Units:
+    """A map of an axis in shapes: new unit j is old unit index[j], or -1 for an extra channel.
+
+    Who writes the axis applies `scale`; who reads it shares each old unit out over its copies, so that the sum over
+    copies of read x write / scale is one. Extra channels carry `extra`: zero, or the mean of all old ones.
+    """
+
+    index: tuple[int, ...]
+    old: int
+    scale: float | tuple[float, ...] = 1.0
+    extra: str = "zero"
+
+    def __post_init__(self) -> None:
+        if set(range(self.old)) - set(self.index):
+            raise ValueError("a map of units must keep every old unit")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def copies(self) -> list[int]:
+        """How often the old unit of each new one stands on the new axis; 0 for extra channels."""
+        counts = Counter(self.index)
+        return [0 if old < 0 else counts[old] for old in self.index]
+
+    @property
+    def even(self) -> bool:
+        return len(set(self.copies)) == 1
+
+    @property
+    def scales(self) -> list[float]:
+        return list(self.scale) if isinstance(self.scale, tuple) else [self.scale] * len(self)
+
+
+def tiled(old: int, new: int) -> tuple[int, ...]:
+    """Whole repeats: 0 1 2 0 1 2 0."""
+    return tuple(j % old for j in range(new))
+
+
+def sampled(old: int, new: int, seed: int) -> tuple[int, ...]:
+    """FPI's choice: whole repeats, then a random sample (Chen et al. 2022, arXiv 2110.07143)."""
+    return (*tiled(old, new // old * old), *random.Random(seed).sample(range(old), new % old))
+
+
+def padded(old: int, new: int) -> tuple[int, ...]:
+    """Whole copies, as many as fit, and extra channels."""
+    whole = new // old * old
+    return (*tiled(old, whole), *[-1] * (new - whole))
+
+
+def dealt(kv: Units, group: int, new_group: int) -> tuple[int, ...]:
+    """Query heads follow their key-value head: those of one old group are dealt over the places of its copies.
+
+    Repeating queries one way and keys another connects them wrongly (growth.md section 5.4).
+    """
+    seen: Counter[int] = Counter()
+    heads = []
+    for old in kv.index:
+        for _ in range(new_group):
+            heads.append(old * group + seen[old] % group)
+            seen[old] += 1
+    return tuple(heads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from growth.anatomy import Anatomy
@@ -16,6 +17,7 @@ from growth.errors import UserError
 from growth.families.table import Slot
 from growth.maps import Layers, Mix
 from growth.ranges import BYTES, torch_dtype
+from growth.take import Widening
 from growth.writer import Computed, Entry, Fill, Piece
 
 NEVER_PER_LAYER = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens"}
@@ -114,6 +116,40 @@ def _mixed(checkpoint: Checkpoint, terms: list[tuple[str, float]]):
     dtype = torch_dtype(checkpoint[terms[0][0]].dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return sum(checkpoint.tensor(name).to(wide) * weight for name, weight in terms).to(dtype)
+
+
+def widen_stream(
+    checkpoint: Checkpoint, anatomy: Anatomy, widening: Widening, above: bool = False
+) -> Iterator[tuple[str, Piece]]:
+    """Every tensor through maps of width; `above` takes new units from the next layer (AKI)."""
+    names = {slot.key: name for slot, name in anatomy.places.items()}
+    slots = {slot.key: slot for slot in anatomy.places}
+    for key, slot in slots.items():
+        entry = checkpoint[names[key]]
+        upper = slots.get(_next(slot, anatomy.family.depth)) if above and slot.row.spec.read else None
+        sources = [(part, names[part.key]) for part in (slot, upper) if part]
+        if widening.touches(slot):
+            make = partial(_widened, checkpoint, widening, sources)
+            yield slot.name, Computed(entry.dtype, widening.shape(slot, entry.shape), make)
+        else:
+            yield slot.name, entry
+
+
+def _next(slot: Slot, depth: tuple[str, ...]) -> tuple:
+    """The same place one layer up; nowhere for what is in no layer."""
+    up = tuple((axis, i + 1) if axis in depth else (axis, i) for axis, i in slot.at)
+    return (slot.row.name, slot.part, up if up != slot.at else ("nowhere",))
+
+
+def _widened(checkpoint: Checkpoint, widening: Widening, sources: list[tuple[Slot, str]]):
+    """Bert2BERT's AKI (arXiv 2110.07143): units beyond the old ones are those of the layer above."""
+    import torch
+
+    dtype = torch_dtype(checkpoint[sources[0][1]].dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    taken = [widening.take(checkpoint.tensor(name).to(wide), slot) for slot, name in sources]
+    made = taken[0] if len(taken) == 1 else torch.where(widening.fresh(sources[0][0]), taken[1], taken[0])
+    return made.to(dtype)
 
 
 def bytes_after(pieces: list[tuple[str, Piece]]) -> int:

@@ -228,6 +228,8 @@ def _write_tensor(file, tensor: Any) -> None:
 
 def packed(value: float, dtype: str) -> bytes:
     """The bytes of one number."""
+    if value == 0:
+        return bytes(BYTES[dtype])  # of every type
     if dtype == "BF16":
         return struct.pack("<f", value)[2:]  # the upper half; exact for the 0, 1 and -1 that are ever filled in
     return struct.pack({"F64": "<d", "F32": "<f", "F16": "<e"}[dtype], value)

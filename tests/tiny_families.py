@@ -63,11 +63,11 @@ def classes(model_type):
     return [c for c in found if getattr(c, "config_class", None) is kind and not c.__name__.endswith("PreTrainedModel")]
 
 
-def save(path, model_type, cls=None, seed=0, **changes):
+def save(path, model_type, cls=None, seed=0, dtype=torch.float32, **changes):
     """A checkpoint whose weights have standard deviation 0.3, so that mistakes show."""
     config = config_of(model_type, **changes)
     torch.manual_seed(seed)
-    model = getattr(transformers, cls or LANGUAGE_MODELS[model_type])(config)
+    model = getattr(transformers, cls or LANGUAGE_MODELS[model_type])(config).to(dtype)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.3)

@@ -38,6 +38,7 @@ BERT = Family(
         classifier={"classifier": "labels <- pool + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    last_norm="cls.predictions.transform.LayerNorm",
     tied={"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
           "cls.predictions.decoder.bias": "cls.predictions.bias"},
     buffers=("embeddings.position_ids", "embeddings.token_type_ids"),

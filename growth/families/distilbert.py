@@ -34,6 +34,7 @@ DISTILBERT = Family(
         classifier={"classifier": "labels <- pool + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    last_norm="vocab_layer_norm",
     tied={"vocab_projector.weight": "embeddings.word_embeddings.weight"},
     buffers=("embeddings.position_ids",),
     roles=dict(query="attention.q_lin", key="attention.k_lin", value="attention.v_lin"),

@@ -30,6 +30,7 @@ GPT2 = Family(
         tokens={"classifier": "labels <- embed + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    last_norm="ln_f",
     tied={"lm_head.weight": "wte.weight"},
     by_index=("scale_attn_by_inverse_layer_idx",),
     buffers=("h.{layers}.attn.bias", "h.{layers}.attn.masked_bias"),

@@ -29,6 +29,7 @@ GPT_NEOX = Family(
         tokens={"classifier": "labels <- embed + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    last_norm="final_layer_norm",
     tied={"lm_head.weight": "embed_in.weight", "embed_out.weight": "embed_in.weight"},
     buffers=("layers.{layers}.attention.bias", "layers.{layers}.attention.masked_bias",
              "layers.{layers}.attention.rotary_emb.inv_freq"),

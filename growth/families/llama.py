@@ -34,6 +34,7 @@ LLAMA = Family(
         classifier={"score.weight": "labels <- embed", "score.bias?": "labels"},    # tokens have a bias, sequences none
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    last_norm="norm", epsilon="rms_norm_eps", multiples=(("hidden_size", "num_attention_heads"),),
     tied={"lm_head.weight": "embed_tokens.weight"},
     buffers=("layers.{layers}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
     roles=dict(query="self_attn.q_proj", key="self_attn.k_proj", value="self_attn.v_proj"),

@@ -37,6 +37,7 @@ MODERNBERT = Family(
         mlm={"decoder": "vocab <- transform + bias if decoder_bias"},
         classifier={"classifier": "labels <- transform + bias"},
     ),
+    closing=("embeddings.norm",), last_norm="head.norm",
     tied={"decoder.weight": "embeddings.tok_embeddings.weight"},
     per_layer=("layer_types",),
     roles=dict(query="attn.Wqkv", key="attn.Wqkv", value="attn.Wqkv"),

@@ -20,5 +20,6 @@ ROBERTA = replace(
         tokens={"classifier": "labels <- embed + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    last_norm="lm_head.layer_norm",
     tied={"lm_head.decoder.weight": "embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"},
 )

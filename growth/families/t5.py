@@ -33,7 +33,7 @@ T5 = Family(
                pool="d_model", labels=None),
     defaults=dict(num_decoder_layers=lambda c: c.num_layers, relative_attention_num_buckets=32,
                   feed_forward_proj="relu", gated=lambda c: c.feed_forward_proj.startswith("gated-"),
-                  tie_word_embeddings=True),
+                  tie_word_embeddings=True, scale_decoder_outputs=lambda c: c.tie_word_embeddings),
     body={
         "shared": "vocab | embed",
         "encoder.embed_tokens": "vocab | embed",
@@ -54,6 +54,7 @@ T5 = Family(
         tokens={"classifier": "labels <- embed + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    last_norm="decoder.final_layer_norm", head_scale="scale_decoder_outputs", epsilon="layer_norm_epsilon",
     tied={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
           "lm_head.weight": "shared.weight"},
     buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),

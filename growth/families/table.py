@@ -44,6 +44,14 @@ class Row:
         return [".weight", ".bias"] if with_bias else [".weight"]
 
     @property
+    def is_norm(self) -> bool:
+        """A vector that is a module's weight; other vectors are biases under a name of their own."""
+        spec = self.spec
+        return (
+            spec.consumed is None and spec.looked_up is None and not self.name.endswith((".weight", ".bias", ".bias?"))
+        )
+
+    @property
     def not_everywhere(self) -> bool:
         return ">" in self.name
 
@@ -81,7 +89,14 @@ class Family:
     roles: Mapping[str, str]  # query, key, value: the modules that make them
     heads: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose storage it shares
-    closing: tuple[str, ...] = ()  # norms that end a residual branch, by the end of their row's name
+    closing: tuple[str, ...] = ()  # norms that write to the residual stream, by the end of their row's name
+    last_norm: str = ""  # the norm in front of the tied head, whose gain makes up for what happens to the table
+    embed_scale: bool = False  # the embeddings are multiplied by sqrt(embed)
+    head_scale: str = ""  # config key: the tied head's input is divided by sqrt(embed)
+    epsilon: str = ""  # config key of an RMS norm's
+    multiples: tuple[
+        tuple[str, str], ...
+    ] = ()  # config keys of which transformers wants the first to divide by the second
     gain: str = "w"  # what a norm multiplies by: its weight, or "1+w"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of config keys, where a config.json may leave them out
     follows: Mapping[str, Callable[[Mapping[str, int]], int]] = field(default_factory=dict)  # keys made of several axes
@@ -127,12 +142,16 @@ class Family:
         wrong = [f"{axis} {got[axis]} for {size}" for axis, size in after.items() if got[axis] != size]
         if wrong:
             raise UserError(f"{self.name} cannot have these sizes together: its config would give {', '.join(wrong)}")
+        for whole, part in self.multiples:
+            if new[whole] % new[part]:
+                up = -(-new[whole] // new[part]) * new[part]
+                raise UserError(f"{whole} {new[whole]} must be a multiple of {part} {new[part]}, such as {up}")
         return new
 
     def writers(self) -> list[Row]:
         """What adds to the residual stream at the end of each branch: zero makes a block the identity."""
         inside = [row for row in self.rows if any("{" + axis in row.name for axis in self.depth)]
-        if self.closing:
+        if self.norms in ("branch", "sandwich"):
             return [row for row in inside if row.name.endswith(self.closing)]
         return [row for row in inside if row.spec.out == ("embed",) and row.spec.read]
 

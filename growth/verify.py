@@ -1,0 +1,167 @@
+"""Does it still compute the same? The outputs of two checkpoints on the same tokens, in float64.
+
+transformers computes RMS norms, and some softmaxes, in float32 whatever the model's type. Here both are replaced by
+plain float64 ones, so that what is exact shows as exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from growth.anatomy import Anatomy, dissect
+from growth.checkpoint import open
+from growth.errors import UsageError, UserError
+from growth.files import read_json
+from growth.writer import LINEAGE
+
+ATTENTION = "growth_float64"
+ROUNDINGS = 64  # of the stored type that an exact result may be off by, relative to its largest output
+FLOAT64 = 1e-12
+OUTPUTS = (
+    *("logits", "prediction_logits", "seq_relationship_logits", "mc_logits", "start_logits", "end_logits"),
+    *("last_hidden_state", "pooler_output"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far two checkpoints are apart, and what the second one's lineage promised."""
+
+    promised: str  # exact | approximate | no | unknown
+    max_abs: float
+    mean_abs: float
+    largest: float  # output of the first
+    dtype: str
+    tokens: int
+    allowed: float
+
+    @property
+    def exact(self) -> bool:
+        return self.max_abs <= self.allowed * self.largest
+
+    @property
+    def kept(self) -> bool:
+        """Whether the promise holds."""
+        return self.exact or self.promised != "exact"
+
+
+def verify(a: str | Path, b: str | Path, *, rows: int = 2, length: int = 64, seed: int = 0, dtype: str = "float64"):
+    """Compare two checkpoints on seeded random tokens; `dtype` float64, or float32 as users run it."""
+    import torch
+
+    first, second = open(a), open(b)
+    anatomies = dissect(first), dissect(second)
+    tokens = _tokens(anatomies, rows, length, seed)
+    if dtype not in ("float64", "float32", "bfloat16"):
+        raise UsageError(f"dtype {dtype!r}: float64, float32 or bfloat16")
+    kind = getattr(torch, dtype)
+    one, two = (_outputs(c.path, anatomy, tokens, kind) for c, anatomy in zip((first, second), anatomies, strict=True))
+    gaps = [(two[name][..., : one[name].shape[-1]] - one[name]).abs() for name in one if name in two]
+    if not gaps:
+        raise UserError(f"{a} and {b} have no output in common")
+    return Verdict(
+        promised=_promise(second.path),
+        max_abs=max(float(gap.max()) for gap in gaps),
+        mean_abs=sum(float(gap.sum()) for gap in gaps) / sum(gap.numel() for gap in gaps),
+        largest=max(float(value.abs().max()) for value in one.values()),
+        dtype=dtype,
+        tokens=tokens.numel(),
+        allowed=max(FLOAT64, ROUNDINGS * max(_epsilon(c, kind) for c in (first, second))),
+    )
+
+
+def _promise(path: Path) -> str:
+    story = path / LINEAGE
+    return read_json(story)["preserves"] if story.exists() else "unknown"
+
+
+def _epsilon(checkpoint, kind) -> float:
+    """The coarsest rounding on the way: of a stored tensor, or of the arithmetic."""
+    import torch
+
+    from growth.ranges import FLOATS, torch_dtype
+
+    stored = {torch_dtype(entry.dtype) for entry in checkpoint.values() if entry.dtype in FLOATS}
+    return max(torch.finfo(dtype).eps for dtype in {*stored, kind})
+
+
+def _tokens(anatomies: tuple[Anatomy, Anatomy], rows: int, length: int, seed: int):
+    import torch
+
+    vocab = min(anatomy.sizes["vocab"] for anatomy in anatomies)
+    length = min([length, *(anatomy.sizes.get("pos", length + 2) - 2 for anatomy in anatomies)])  # RoBERTa's start at 2
+    return torch.randint(min(4, vocab - 1), vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _outputs(path: Path, anatomy: Anatomy, tokens, dtype) -> dict[str, Any]:
+    """Every output of the model that its config names, by name."""
+    import torch
+
+    model = load(path, anatomy, dtype)
+    extra = {"decoder_input_ids": tokens.flip(0)} if anatomy.config.get("is_encoder_decoder") else {}
+    with torch.no_grad():
+        seen = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **extra)
+    return {name: seen[name].double() for name in OUTPUTS if seen.get(name) is not None}
+
+
+def load(path: Path, anatomy: Anatomy, dtype):
+    """The model by transformers, computing in one type throughout; a tensor missing from the files is an error."""
+    import torch
+    import transformers
+
+    _register_attention()
+    name = next(iter(anatomy.config.get("architectures") or []), "AutoModel")
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise UserError(f"{path}: transformers has no class {name}")
+    model, report = kind.from_pretrained(
+        path, output_loading_info=True, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
+    )
+    if report["missing_keys"]:
+        raise UserError(f"{path} lacks {sorted(report['missing_keys'])[0]} of {name}")
+    model.config._experts_implementation = "eager"
+    if dtype == torch.float64:
+        _plain_norms(model, anatomy)
+    return model.eval()
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+
+def attention(module, query, key, value, mask, scaling=None, softcap=None, position_bias=None, **_):
+    """Softmax attention without a change of type; heads of keys and values are repeated for their group of queries."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # [B, H, T, d]
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # [B, H, T, T]
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    for bias in (position_bias, mask):
+        scores = scores if bias is None else scores + bias
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def _plain_norms(model, anatomy: Anatomy) -> None:
+    """The family's table says which modules are norms, and how they store their gain."""
+    import torch
+
+    family = anatomy.family
+    for slot in anatomy.places if family.norm == "rms" else ():
+        if slot.row.is_norm and slot.part == ".weight":
+            module = model.get_submodule(slot.name.removesuffix(".weight"))
+            epsilon = getattr(family.view(anatomy.config), family.epsilon)
+            module.forward = _rms(module, epsilon, 1.0 if family.gain == "1+w" else 0.0)
+    if family.embed_scale:  # kept in float32 by transformers
+        table = model.get_submodule(f"{anatomy.prefix}{family.rows[0].name}")
+        table.embed_scale = torch.tensor(math.sqrt(anatomy.sizes["embed"]), dtype=torch.float64)
+
+
+def _rms(module, epsilon: float, offset: float):
+    return lambda x: x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (offset + module.weight)

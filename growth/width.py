@@ -1,0 +1,217 @@
+"""Growth in width: more hidden channels, heads, key-value heads or neurons, exactly where that is possible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from growth.anatomy import Anatomy, dissect
+from growth.checkpoint import open
+from growth.errors import UsageError, UserError
+from growth.files import ensure_space
+from growth.maps import Units, dealt, padded, sampled, tiled
+from growth.reindex import bytes_after, widen_stream
+from growth.take import EMBED, Widening, facts
+from growth.writer import guard, lineage, write
+
+HOW = ("exact", "fpi", "aki", "weighted", "zero", "mean")
+FOLLOWERS = ("pool", "transform")  # as wide as the model, but not its residual stream
+
+
+def widen(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    hidden: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    ffn: int | None = None,
+    how: str = "exact",
+    noise: float = 0.01,
+    seed: int = 0,
+    shard_size: str | int = "5GB",
+    check: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """A wider checkpoint.
+
+    `how` fills the new hidden channels: `exact` picks even copies, weighted copies (RMS norms) or mean channels (layer
+    norms), and refuses where none keeps the function; `weighted`, `zero` and `mean` ask for one of them; `fpi` samples
+    copies and `aki` also takes the new units from the layer above (Chen et al. 2022, arXiv 2110.07143): both leave the
+    function where the width is no multiple. `noise` tells copies apart without changing the function.
+    """
+    guard(Path(dst), [Path(src)], overwrite)
+    if how not in HOW:
+        raise UsageError(f"how {how!r}: one of {', '.join(HOW)}")
+    checkpoint = open(src)
+    if check:
+        checkpoint.check_values()
+    anatomy = dissect(checkpoint)
+    asked = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": ffn}
+    widening, preserves = planned(anatomy, asked, how, noise, seed)
+    config = anatomy.family.resized(anatomy.config, _new_sizes(widening))
+    pieces = list(widen_stream(checkpoint, anatomy, widening, above=how == "aki"))
+    ensure_space(dst, bytes_after(pieces), f"widen into {dst}")
+    arguments = {**asked, "how": how, "noise": noise, "seed": seed}
+    story = lineage("widen", arguments, [checkpoint], maps=facts(widening), new=_new(widening), preserves=preserves)
+    return write(dst, config, pieces, shard_size=shard_size, lineage=story, carry=src, overwrite=overwrite)
+
+
+def planned(
+    anatomy: Anatomy, asked: Mapping[str, int | None], how: str, noise: float, seed: int
+) -> tuple[Widening, str]:
+    """The maps for the sizes asked for, and whether they keep the function."""
+    want = _wanted(anatomy, asked)
+    maps = _embed_maps(anatomy, want["embed"], how, seed)
+    maps |= _head_maps(anatomy, want, how, seed + 1) | _plain_map(anatomy, "ffn", want["ffn"], how, seed + 2)
+    if not maps:
+        raise UsageError("nothing to widen: give --hidden, --heads, --kv-heads or --ffn above what SRC has")
+    tied, factor = anatomy.tied_head and EMBED in maps, _root(anatomy, want["embed"])
+    widening = Widening(anatomy.family, anatomy.sizes, maps, tied, factor, noise, seed)
+    return widening, "no" if how == "aki" else "exact" if keeps(anatomy, maps) else "approximate"
+
+
+def _wanted(anatomy: Anatomy, asked: Mapping[str, int | None]) -> dict[str, int]:
+    """Sizes by axis; what is not asked for stays, and heads follow where they divide the model's width."""
+    sizes, family = anatomy.sizes, anatomy.family
+    want = {"embed": asked["hidden"] or sizes["embed"], "ffn": asked["ffn"] or sizes["ffn"]}
+    if "kv" in sizes:
+        heads, kv = asked["heads"] or sizes["kv"] * sizes["group"], asked["kv_heads"] or sizes["kv"]
+        if heads % kv:
+            raise UserError(f"{heads} heads cannot share {kv} key-value heads evenly; {nearest(heads, kv)} can")
+        want |= {"kv": kv, "group": heads // kv}
+    elif asked["kv_heads"]:
+        raise UserError(f"{family.name} has no key-value heads apart from its heads")
+    else:
+        want["heads"] = asked["heads"] or _followed(anatomy, want["embed"])
+    smaller = next((axis for axis in ("embed", "ffn", "kv", "heads") if want.get(axis, 0) < sizes.get(axis, 0)), None)
+    if smaller:
+        raise UserError(f"{smaller} {want[smaller]} is less than the source's {sizes[smaller]}: widen only grows")
+    return want
+
+
+def _followed(anatomy: Anatomy, embed: int) -> int:
+    """Heads keep their size: where they divide the model's width, more width is more heads."""
+    head = anatomy.sizes["head"]
+    if not callable(anatomy.family.sizes["head"]):
+        return anatomy.sizes["heads"]
+    if embed % head:
+        raise UserError(f"hidden {embed} is not made of whole heads of {head} channels; {nearest(embed, head)} is")
+    return embed // head
+
+
+def nearest(n: int, unit: int) -> str:
+    """The multiples around a number."""
+    return " or ".join(str(m) for m in (n // unit * unit, n // unit * unit + unit) if m)
+
+
+def _embed_maps(anatomy: Anatomy, new: int, how: str, seed: int) -> dict[tuple[str, ...], Units]:
+    """The residual stream, and what is as wide as it without being part of it."""
+    old, family = anatomy.sizes["embed"], anatomy.family
+    if new == old:
+        return {}
+    stream = _stream_map(anatomy, old, new, how, seed)
+    followers = {(axis,): Units(stream.index, old, extra=stream.extra) for axis in FOLLOWERS if axis in family.sizes}
+    return {EMBED: stream, **followers}
+
+
+def _stream_map(anatomy: Anatomy, old: int, new: int, how: str, seed: int) -> Units:
+    family = anatomy.family
+    if how in ("fpi", "aki"):
+        return Units(sampled(old, new, seed), old)
+    if how == "exact":
+        how = _exact_way(anatomy, old, new)
+    if (how in ("weighted", "zero")) != (family.norm == "rms") and how != "even":
+        others = "mean, fpi or aki" if family.norm == "layer" else "weighted, zero, fpi or aki"
+        raise UserError(f"{how} channels do not suit the {family.norm} norms of {family.name}; {others} do")
+    if how == "even":
+        return Units(tiled(old, new), old)
+    if how == "weighted":
+        even = Units(tiled(old, new), old)
+        return Units(even.index, old, tuple(math.sqrt(new / (old * c)) for c in even.copies))
+    return Units(padded(old, new), old, math.sqrt(new / (new // old * old)), how)
+
+
+def _exact_way(anatomy: Anatomy, old: int, new: int) -> str:
+    """The way that keeps the function at this width."""
+    family = anatomy.family
+    if new % old == 0:
+        return "even"
+    if family.norm == "rms":
+        return "weighted"
+    if family.norms == "pre" and not family.closing:
+        return "mean"
+    raise UserError(
+        f"{family.name} norms what it writes to its residual stream, so only multiples of {old} keep the function:"
+        f" {nearest(new, old)}; --how fpi, aki or mean come near at {new}"
+    )
+
+
+def _head_maps(anatomy: Anatomy, want: Mapping[str, int], how: str, seed: int) -> dict[tuple[str, ...], Units]:
+    if "heads" in want:
+        return _plain_map(anatomy, "heads", want["heads"], how, seed)
+    kv, group = anatomy.sizes["kv"], anatomy.sizes["group"]
+    if (want["kv"], want["group"]) == (kv, group):
+        return {}
+    shared = Units(_chosen(kv, want["kv"], how, seed), kv)
+    try:
+        return {("kv",): shared, ("kv", "group"): Units(dealt(shared, group, want["group"]), kv * group)}
+    except ValueError:
+        heads = group * want["kv"]
+        raise UserError(
+            f"{want['kv'] * want['group']} heads over {want['kv']} key-value heads leave no place for some of the"
+            f" {group} that share one now; {heads} heads would do"
+        ) from None
+
+
+def _plain_map(anatomy: Anatomy, axis: str, new: int, how: str, seed: int) -> dict[tuple[str, ...], Units]:
+    old = anatomy.sizes[axis]
+    return {} if new == old else {(axis,): Units(_chosen(old, new, how, seed), old)}
+
+
+def _chosen(old: int, new: int, how: str, seed: int) -> tuple[int, ...]:
+    return sampled(old, new, seed) if how in ("fpi", "aki") else tiled(old, new)
+
+
+def _root(anatomy: Anatomy, new: int) -> float:
+    """What makes up for a division by sqrt(embed) in front of the head."""
+    family = anatomy.family
+    scaled = family.head_scale and getattr(family.view(anatomy.config), family.head_scale)
+    return math.sqrt(new / anatomy.sizes["embed"]) if scaled else 1.0
+
+
+def keeps(anatomy: Anatomy, maps: Mapping[tuple[str, ...], Units]) -> bool:
+    """Whether norms see the same statistic: on the stream, and on anything else they stand over."""
+    normed = {tuple(dim) for row in anatomy.family.rows if row.is_norm for dim in [row.spec.out] if row.body}
+    others = [key for dim in normed for key in _mapped(dim, maps) if key != EMBED]
+    return all(maps[key].even for key in others) and (EMBED not in maps or _stream_kept(anatomy, maps[EMBED]))
+
+
+def _mapped(dim: tuple[str, ...], maps: Mapping[tuple[str, ...], Units]) -> list[tuple[str, ...]]:
+    return [key for key in maps if any(dim[i : i + len(key)] == key for i in range(len(dim)))]
+
+
+def _stream_kept(anatomy: Anatomy, units: Units) -> bool:
+    """growth.md section 5.1: even copies always; else the energy of every unit must grow as the width does."""
+    if units.even:
+        return True
+    if anatomy.family.norm == "layer":
+        return units.extra == "mean" and anatomy.family.norms == "pre" and not anatomy.family.closing
+    energy = dict.fromkeys(range(units.old), 0.0)
+    for old, scale in zip(units.index, units.scales, strict=True):
+        if old >= 0:
+            energy[old] += scale**2
+    return all(math.isclose(e, len(units) / units.old, rel_tol=1e-9) for e in energy.values())
+
+
+def _new_sizes(widening: Widening) -> dict[str, int]:
+    sizes = {key[0]: len(units) for key, units in widening.maps.items() if len(key) == 1}
+    if ("kv", "group") in widening.maps:
+        sizes["group"] = len(widening.maps["kv", "group"]) // sizes["kv"]
+    return sizes
+
+
+def _new(widening: Widening) -> dict[str, Any]:
+    return {" ".join(key): {"from": units.old, "to": len(units)} for key, units in widening.maps.items()}

@@ -153,6 +153,27 @@ def verify(a: str, b: str, dtype: str, seed: int) -> None:
         raise UserError(f"{b} promises to compute what {a} does, and does not")
 
 
+@main.command()
+@click.option("--params", type=float, required=True, help="Parameters of the big model, such as 7e9.")
+@click.option("--tokens", type=float, required=True, help="Tokens that it would see from scratch, such as 300e9.")
+@click.option("--factor", default=4, show_default=True, help="How many times as deep as the small model.")
+def plan(params: float, tokens: float, factor: int) -> None:
+    """When to grow, what it costs, and what was saved where it was measured."""
+    from growth.plan import SPEED_UP, plan, saved
+
+    made = plan(params, tokens, factor)
+    facts = [
+        ("small model", f"{count(params / factor)} parameters: the same width, 1/{factor} of the layers"),
+        ("train it on", f"{count(made.small_tokens)} tokens ({made.small_share:.1%} of the cost from scratch)"),
+        ("then", f"growth stack SMALL BIG --factor {factor}; fresh optimizer, new warm-up, data not seen before"),
+        ("from scratch", f"{made.flops:.3g} FLOPs (6 N D)"),
+        ("memory", f"{size(made.training_bytes)} for weights, gradient and AdamW in mixed precision, over all ranks"),
+        ("published", f"{SPEED_UP:.1%} speed-up in FLOPs for 7B, which is {saved(SPEED_UP):.0%} of them saved"),
+        ("yours", "not known before a run from scratch at equal FLOPs stands beside it"),
+    ]
+    table(["fact", "value"], facts)
+
+
 def numbers(text: str) -> list[int]:
     """`0,1,5` -> [0, 1, 5]."""
     try:

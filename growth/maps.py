@@ -115,7 +115,7 @@ def padded(old: int, new: int) -> tuple[int, ...]:
 def dealt(kv: Units, group: int, new_group: int) -> tuple[int, ...]:
     """Query heads follow their key-value head: those of one old group are dealt over the places of its copies.
 
-    Repeating queries one way and keys another connects them wrongly (growth.md section 5.4).
+    Repeating queries one way and keys another connects them wrongly.
     """
     seen: Counter[int] = Counter()
     heads = []

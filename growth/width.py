@@ -68,9 +68,14 @@ def planned(
     maps |= _head_maps(anatomy, want, how, seed + 1) | _plain_map(anatomy, "ffn", want["ffn"], how, seed + 2)
     if not maps:
         raise UsageError("nothing to widen: give --hidden, --heads, --kv-heads or --ffn above what SRC has")
-    tied, factor = anatomy.tied_head and EMBED in maps, _root(anatomy, want["embed"])
-    widening = Widening(anatomy.family, anatomy.sizes, maps, tied, factor, noise, seed)
-    return widening, "no" if how == "aki" else "exact" if keeps(anatomy, maps) else "approximate"
+    tied, root = anatomy.tied_head and EMBED in maps, _root(anatomy, want["embed"])
+    widening = Widening(anatomy.family, anatomy.sizes, maps, tied, root, noise, seed)
+    kept = keeps(anatomy, maps)
+    if how == "exact" and not kept:
+        raise UserError(
+            f"{anatomy.family.name} norms over all heads at once: only whole multiples of them keep the function"
+        )
+    return widening, "no" if how == "aki" else "exact" if kept else "approximate"
 
 
 def _wanted(anatomy: Anatomy, asked: Mapping[str, int | None]) -> dict[str, int]:
@@ -194,7 +199,7 @@ def _mapped(dim: tuple[str, ...], maps: Mapping[tuple[str, ...], Units]) -> list
 
 
 def _stream_kept(anatomy: Anatomy, units: Units) -> bool:
-    """growth.md section 5.1: even copies always; else the energy of every unit must grow as the width does."""
+    """Even copies always are; else the energy of every unit must grow as the width does."""
     if units.even:
         return True
     if anatomy.family.norm == "layer":

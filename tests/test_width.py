@@ -311,6 +311,7 @@ def test_maps_keep_every_old_unit_and_read_undoes_write():
         ("llama", {"heads": 10}, "10 heads cannot share 3 key-value heads evenly; 9 or 12 can"),
         ("llama", {"kv_heads": 6, "heads": 6, "hidden": 30}, "embed 30 is less than the source's 48"),
         ("llama", {"kv_heads": 4, "heads": 4}, "leave no place for some of the 2 that share one now; 8 heads would do"),
+        ("olmo2", {"kv_heads": 4, "heads": 8}, "only whole multiples of them keep the function"),
         ("llama", {"hidden": 72, "how": "mean"}, "mean channels do not suit the rms norms of Llama; weighted"),
         ("gpt2", {"hidden": 48, "how": "weighted"}, "weighted channels do not suit the layer norms of GPT-2; mean"),
     ],

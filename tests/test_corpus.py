@@ -61,6 +61,10 @@ def prepared(texts, tokenizer, tmp_path_factory):
     return root / "corpus"
 
 
+def zstd(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
 def write(path: Path, records: list) -> Path:
     path.write_text("\n".join(map(json.dumps, records)))
     return path
@@ -405,8 +409,6 @@ def test_text_is_cut_at_blank_lines_and_without_any_at_every_line(tmp_path):
 
 
 def test_every_format_says_the_same_packed_or_not(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
-
     texts = ["one", "zwölf\u2028Zeilen", "three"]
     write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
@@ -415,7 +417,7 @@ def test_every_format_says_the_same_packed_or_not(tmp_path):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(whole))
         half = len(whole) // 2  # two frames, as parallel packers write them
-        frames = (zstandard.ZstdCompressor().compress(part) for part in (whole[:half], whole[half:]))
+        frames = (zstd(part) for part in (whole[:half], whole[half:]))
         (tmp_path / f"{name}.zst").write_bytes(b"".join(frames))
         for packed in (name, f"{name}.gz", f"{name}.zst"):
             assert read(tmp_path / packed) == [(text, "a") for text in texts], packed
@@ -475,7 +477,6 @@ BAD = {
     "deep.jsonl": (b"[" * 1_000_000 + b"]" * 1_000_000, r"deep\.jsonl:1: nested too deeply"),
     "plain.txt.gz": (b"not packed at all", r"plain\.txt\.gz: damaged gzip"),
     "short.txt.gz": (gzip.compress(b"one two three")[:-4], r"short\.txt\.gz: damaged gzip"),
-    "plain.txt.zst": (b"not packed at all", r"plain\.txt\.zst: damaged zstd"),
     "plain.parquet": (b"PAR1 not really", r"plain\.parquet: not a sound parquet file"),
     "image.png": (b"\x89PNG", r"image\.png: nothing to read here; what can be read: \.txt"),
 }
@@ -491,11 +492,17 @@ def test_bad_files_are_named_with_their_line(name, tmp_path):
 
 
 def test_a_truncated_zstd_file_is_an_error_and_not_the_end(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
+    data = zstd(os.urandom(400_000).hex().encode())
+    for damaged, message in ((data[: len(data) // 2], "ends in the middle of a frame"), (b"plain", "damaged zstd")):
+        (tmp_path / "a.txt.zst").write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / "a.txt.zst")
 
-    data = zstandard.ZstdCompressor().compress(os.urandom(400_000).hex().encode())
-    (tmp_path / "a.txt.zst").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="ends in the middle of a frame"):
+
+def test_without_its_package_zstd_is_refused_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.txt\.zst: \.zst needs the package zstandard: pip install zstandard"):
         read(tmp_path / "a.txt.zst")
 
 
@@ -515,8 +522,6 @@ def test_parquet_columns_that_hold_no_text_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.parquet", "a.parquet.gz"])
 def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused_in_bounded_memory(name, tmp_path, monkeypatch):
-    zstandard = pytest.importorskip("zstandard")
-
     monkeypatch.setattr(streams, "FREE", 1 << 20)
     line = json.dumps({"text": "a" * 5000}).encode() + b"\n" if "jsonl" in name else b"a" * 5000 + b"\n"
     if "parquet" in name:
@@ -526,7 +531,7 @@ def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused_in_bounded_
     if name.endswith(".gz"):
         (tmp_path / name).write_bytes(gzip.compress(line * 20_000 if "parquet" not in name else line))
     elif name.endswith(".zst"):
-        (tmp_path / name).write_bytes(zstandard.ZstdCompressor().compress(line * 20_000))
+        (tmp_path / name).write_bytes(zstd(line * 20_000))
     tracemalloc.start()
     with pytest.raises(UserError, match="unpacks to more than 200 times its size"):
         for _ in local.documents(tmp_path / name, "text"):

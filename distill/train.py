@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from distill import corpus, layout, models, snapshot, sources, world
 from distill.engine import Engine, NonFinite
+from distill.inputs import NO_INPUT
 from distill.objectives import scored
 from distill.schedules import Progress
 from distill.taps import Trace, trace
 from growth import console
 from growth.errors import UserError
-from growth.files import digest, write_text
+from growth.files import digest, fault, write_text
 
 PROBE = 16  # tokens a row are enough to see which parameters a loss reaches
 
@@ -165,7 +166,7 @@ class Stage:
         """What the training state of this stage is of; the engine's part may differ when it is read back."""
         engine = self.context.recipe.engine
         return {
-            "recipe_digest": digest(self.spec.model_dump(mode="json", by_alias=True)),
+            "recipe_digest": digest(self.spec.model_dump(mode="json", by_alias=True, exclude=NO_INPUT)),
             "seed": self.context.seed,
             "student_digest": sources.weights_sha256(self.start),
             "teacher_digests": {
@@ -200,6 +201,7 @@ class Stage:
         ):
             advance(step)
             while step < self.steps:
+                fault("train.step")
                 entry, stop = self._step(engine, step, tokens, stopped)
                 step, tokens = step + 1, entry["tokens"]
                 print(json.dumps(entry), file=log, flush=True)

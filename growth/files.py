@@ -257,7 +257,7 @@ _passed: dict[str, int] = {}
 
 
 def fault(point: str) -> None:
-    """A place where a test makes things break: `FAULT=point:kill|raise|enospc[:nth]`; nothing when unset."""
+    """A place where a test makes things break: `FAULT=point:kill|term|raise|enospc[:nth]`; nothing when unset."""
     wanted = os.environ.get("FAULT")
     if not wanted or not wanted.startswith(f"{point}:"):
         return
@@ -270,6 +270,9 @@ def fault(point: str) -> None:
 def _break(point: str, how: str) -> None:
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
     if how == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
     raise RuntimeError(f"fault at {point}")

@@ -1,0 +1,139 @@
+"""A whole run through the command: what it leaves behind, and that no accident on the way changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from growth.files import sha256
+
+STEPS = 8
+RECIPE = {
+    "recipe": "small",
+    "engine": {"zero": 1, "precision": "bf16", "micro_batch": 2},
+    "models": {"teacher": {"from": "teacher"}},
+    "corpora": {"text": {"source": "synthetic", "tokenizer": "teacher", "length": 64, "heldout": 0.1, "limit": 800}},
+    "stages": [
+        {
+            "id": "student",
+            "train": {
+                "student": {"cut": {"from": "teacher", "layers": [0, 3]}},
+                "data": "text",
+                "targets": {"t": {"from": "teacher"}},
+                "loss": [
+                    {"relation_kl": {"target": "t", "heads": 6, "relations": ["qq", "vv"]}},
+                    {"ce": {"weight": {"points": [[0, 1.0], [6, 0.0]]}}},
+                ],
+                "optim": {"batch": 4},
+                "lr": 0.01,
+                "stop": {"steps": STEPS},
+                "save_every": 2,
+            },
+        },
+        {
+            "id": "report",
+            "evaluate": {
+                "rows": {"teacher": "teacher", "student": "student", "baseline": "student.start"},
+                "on": [{"probe": {"parts": 4, "documents": 20}}, "agreement", "heldout_loss"],
+            },
+        },
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory with a teacher and a recipe."""
+    path = tmp_path_factory.mktemp("place")
+    tiny.save(tiny.model("bert", head="mlm"), path / "teacher", tiny.tokenizer())
+    (path / "small.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+def run(place: Path, out: str, *more: str, fault: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "small.yaml", "--out", out, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def weights(place: Path, out: str) -> dict[str, str]:
+    return {path.name: sha256(path) for path in (place / out / "student" / "model").glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> subprocess.CompletedProcess:
+    """The run to which nothing happens."""
+    ended = run(place, "whole")
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+def test_a_run_ends_in_a_model_that_transformers_loads_and_a_report(place, whole):
+    model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+        place / "whole/student/model", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.num_hidden_layers == 2
+    report = json.loads((place / "whole/report.json").read_text())
+    assert [row["role"] for row in report["rows"]] == ["teacher", "student", "baseline"]
+    assert "student" in whole.stdout and (place / "whole/report.md").read_text()
+
+
+def test_what_the_losses_cannot_reach_is_left_as_it_was_and_named(place, whole):
+    before, after = (load_file(place / f"whole/student/{d}/model.safetensors") for d in ("start", "model"))
+    frozen = json.loads((place / "whole/student/stage.json").read_text())["metrics"]["frozen"]
+    card = (place / "whole/student/model/README.md").read_text()
+    assert all(name in card for name in frozen)
+    assert {name for name in before if before[name].equal(after[name])} == set(frozen)
+
+
+def test_a_finished_run_is_not_done_again(place, whole):
+    before = sha256(place / "whole/student/log.jsonl")
+    again = run(place, "whole")
+    assert again.returncode == 0 and "not run again" in again.stderr
+    assert sha256(place / "whole/student/log.jsonl") == before
+
+
+def test_nothing_that_happens_on_the_way_changes_the_outcome(place, whole):
+    """Killed in a step, killed in a save, a full disk, SIGTERM: the weights are those of the run left in peace."""
+    assert run(place, "hard", fault="train.step:kill:4").returncode == -9
+    assert run(place, "hard", fault="snapshot.before_manifest:kill:1").returncode == -9
+    full = run(place, "hard", fault="snapshot.after_file:enospc:2")
+    assert full.returncode == 1 and full.stderr.strip().splitlines()[-1].startswith("error: disk full")
+    assert [p.name for p in (place / "hard/student/snapshots").iterdir()] == ["step-00000002"]
+    assert run(place, "hard", fault="train.step:term:3").returncode == 143
+    ended = run(place, "hard")
+    assert ended.returncode == 0 and "resumed from" in ended.stderr, ended.stderr
+    assert weights(place, "hard") == weights(place, "whole")
+    logs = [(place / out / "student/log.jsonl").read_text().splitlines() for out in ("hard", "whole")]
+    seen = [[(e["step"], e["tokens"], e["terms"], e["grad_norm"]) for e in map(json.loads, log)] for log in logs]
+    assert seen[0] == seen[1] and len(seen[0]) == STEPS
+
+
+def test_two_ranks_on_another_stage_make_the_same_student(place, whole):
+    """In float32, to rounding."""
+    settings = ("engine.precision=fp32", "stages.student.train.stop.steps=3")
+    for out, more in {"one": (), "two": ("engine.zero=2", "--ranks", "2")}.items():
+        ended = run(place, out, *settings, *more)
+        assert ended.returncode == 0, ended.stderr
+    one, two = (load_file(place / out / "student/model/model.safetensors") for out in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_a_snapshot_of_another_teacher_or_with_a_flipped_bit_is_refused(place, whole):
+    assert run(place, "spoilt", fault="train.step:kill:4").returncode == -9
+    (file,) = (place / "spoilt/student/snapshots").glob("*/master.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refused = run(place, "spoilt")
+    assert refused.returncode == 1 and str(file.relative_to(place)) in refused.stderr
+    assert "Traceback" not in refused.stderr

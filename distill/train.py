@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill import corpus, layout, models, snapshot, sources, world
 from distill.engine import Engine, NonFinite
 from distill.inputs import NO_INPUT
-from distill.objectives import scored
+from distill.lesson import Data, Lesson, Targets, freeze_unreachable, named_losses
 from distill.schedules import Progress
-from distill.taps import Trace, trace
 from growth import console
 from growth.errors import UserError
 from growth.files import digest, fault, write_text
-
-PROBE = 16  # tokens a row are enough to see which parameters a loss reaches
 
 
 class Terminated(SystemExit):
@@ -30,79 +28,6 @@ class Terminated(SystemExit):
 
     def __init__(self):
         super().__init__(143)
-
-
-class Lesson(nn.Module):
-    """Student and objectives as one module, so that one forward pass and one backward pass go through the engine."""
-
-    def __init__(self, student: nn.Module, objectives: dict):
-        super().__init__()
-        self.student = student
-        self.objectives = objectives
-
-    def forward(self, batch: dict, targets: dict[str, Trace], active: list[str]) -> dict[str, Tensor]:
-        """{objective.term: sum over this micro-batch} of the active objectives."""
-        seen = _trace(self.student, batch, [self.objectives[name].needs() for name in active], "student")
-        return {
-            f"{name}.{term}": value
-            for name in active
-            for term, value in self._terms(name, seen, targets, batch).items()
-        }
-
-    def _terms(self, name: str, seen: Trace, targets: dict[str, Trace], batch: dict) -> dict[str, Tensor]:
-        objective = self.objectives[name]
-        return objective.terms(seen, targets.get(objective.target), batch)
-
-
-def _trace(model: nn.Module, batch: dict, needs: list, side: str) -> Trace:
-    wanted = sorted({tap for need in needs for tap in getattr(need, side)})
-    heads = {need.head for need in needs if need.head} if side == "student" else set()
-    rows = scored(batch["labels"], batch["segment_ids"], causal="causal" in heads)[0] if heads else None
-    return trace(model, batch, wanted, rows)
-
-
-@dataclass
-class Targets:
-    """The frozen models of a stage and what of each its objectives want."""
-
-    models: dict[str, nn.Module]
-    objectives: dict
-
-    @torch.no_grad()
-    def __call__(self, batch: dict, active: list[str]) -> dict[str, Trace]:
-        """A target is run only if an active objective asks for it."""
-        needs: dict[str, list] = {}
-        for name in active:
-            if target := self.objectives[name].target:
-                needs.setdefault(target, []).append(self.objectives[name].needs())
-        return {target: _trace(self.models[target], batch, wanted, "target") for target, wanted in needs.items()}
-
-
-def named_losses(spec) -> dict:
-    """The objectives of a stage by the name of their terms in logs: `relation_kl`, a second one `relation_kl_2`."""
-    seen, named = Counter(), {}
-    for name, objective in spec.objectives():
-        seen[name] += 1
-        named[name if seen[name] == 1 else f"{name}_{seen[name]}"] = objective
-    return named
-
-
-class Data:
-    """The rows of every step, for every rank: a pure function of (seed, step)."""
-
-    def __init__(self, batches: corpus.Batches, batch: int, micro_batch: int, packed: bool, device):
-        self.batches, self.batch, self.micro_batch = batches, batch, micro_batch
-        self.packed, self.device = packed, device
-
-    def __call__(self, step: int, mask: float | None = None) -> list[dict]:
-        """The micro-batches of this rank, on its device; `mask` is the masking rate of this step."""
-        mine = range(world.rank(), self.batch // self.micro_batch, world.size())
-        return [self._load(step * self.batch + m * self.micro_batch, mask) for m in mine]
-
-    def _load(self, position: int, mask: float | None) -> dict:
-        batch = self.batches.at(range(position, position + self.micro_batch), mask)
-        batch = batch if self.packed else corpus.unpack(batch)
-        return {key: value.to(self.device) for key, value in batch.items()}
 
 
 def train(spec, context, directory: Path) -> dict:
@@ -153,14 +78,22 @@ class Stage:
         frozen = freeze_unreachable(lesson, self.targets, self.data)
         engine = Engine(lesson, self.context.recipe.engine, self.spec.optim, self.micro_batch)
         try:
-            step, tokens = self._resume(engine)
-            began = time.perf_counter()
-            last = self._loop(engine, step, tokens)
-            seconds = time.perf_counter() - began
+            self._loop(engine, *self._resume(engine))
             self._export(engine)
         finally:
             engine.close()
-        return {**last, "steps": self.steps, "seconds": round(seconds, 2), "frozen": frozen}
+        return {**self._summary(), "steps": self.steps, "frozen": frozen}
+
+    def _summary(self) -> dict:
+        """From the log, so that an interrupted run counts whole."""
+        entries = [json.loads(line) for line in self.log.read_text().splitlines()]
+        tokens, seconds = entries[-1]["tokens"], sum(entry["seconds"] for entry in entries)
+        return {
+            "terms": entries[-1]["terms"],
+            "tokens": tokens,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": tokens / seconds,
+        }
 
     def belongs(self) -> dict:
         """What the training state of this stage is of; the engine's part may differ when it is read back."""
@@ -192,46 +125,35 @@ class Stage:
         cursor = {"position": step * self.spec.optim.batch, "tokens": tokens}
         snapshot.save(self.directory / "snapshots", step, engine, self.belongs(), cursor, self.spec.keep)
 
-    def _loop(self, engine: Engine, step: int, tokens: int) -> dict:
-        entry: dict = {}
+    def _loop(self, engine: Engine, step: int, tokens: int) -> None:
         with (
             world.stop_signal() as stopped,
             console.bar(self.steps, self.directory.name) as advance,
-            open(self.log, "a") if world.rank() == 0 else open("/dev/null", "w") as log,
+            open(self.log if world.rank() == 0 else os.devnull, "a") as log,
         ):
             advance(step)
             while step < self.steps:
                 fault("train.step")
                 entry, stop = self._step(engine, step, tokens, stopped)
-                step, tokens = step + 1, entry["tokens"]
+                step, tokens = entry["step"], entry["tokens"]
                 print(json.dumps(entry), file=log, flush=True)
                 advance(1, note=_note(entry))
-                if stop or (self.spec.save_every and step % self.spec.save_every == 0 and step < self.steps):
+                if stop or (step % self.spec.save_every == 0 and step < self.steps):
                     self._save(engine, step, tokens)
                 if stop:
                     raise Terminated()
-        return {key: entry[key] for key in ("terms", "tokens", "tokens_per_second") if key in entry}
 
     def _step(self, engine: Engine, step: int, tokens: int, stopped) -> tuple[dict, bool]:
         """One update; returns its log entry and whether any rank was told to stop."""
         began = time.perf_counter()
         torch.manual_seed(hash((self.context.seed, step, world.rank())))  # dropout: a function of these three
         progress = Progress(step=step, steps=self.steps, tokens=tokens)
-        weights = {name: o.weight.at(progress) for name, o in self.objectives.items()}
-        active = [name for name, weight in weights.items() if weight]
+        weights = self._weights(progress)
         batches = self.data(step, self.mask.at(progress) if self.mask else None)
-        counts, real = self._count(batches, active)
-        sums, teaching = dict.fromkeys(counts, 0.0), 0.0
-        for batch in batches:
-            asked = time.perf_counter()
-            targets = self.targets(batch, active)
-            teaching += time.perf_counter() - asked
-            terms = engine(batch, targets, active)
-            engine.backward(sum(weights[k.split(".")[0]] * v / max(counts[k], 1.0) for k, v in terms.items()))
-            for key, value in terms.items():
-                sums[key] += float(value.detach())
+        counts, real = self._count(batches, weights)
+        sums, teaching = self._learn(engine, batches, weights, counts)
         *totals, stop = world.agree(*sums.values(), float(stopped()))
-        means = {key: total / max(counts[key], 1.0) for key, total in zip(sums, totals, strict=True)}
+        means = {key: total / counts[key] for key, total in zip(sums, totals, strict=True)}
         self._insist_on_finite(means, step)
         lr = self.spec.lr.at(progress)
         norm = engine.step(lr)
@@ -249,15 +171,36 @@ class Stage:
             "memory": memory(),
         }, bool(stop)
 
-    def _count(self, batches: list[dict], active: list[str]) -> tuple[dict[str, float], float]:
-        """The denominators of the whole step, over all micro-batches and ranks, before any forward pass."""
+    def _weights(self, progress: Progress) -> dict[str, float]:
+        """Of the objectives that count at this step; the others, and teachers that only they need, do not run."""
+        weights = {name: objective.weight.at(progress) for name, objective in self.objectives.items()}
+        active = {name: weight for name, weight in weights.items() if weight}
+        if not active:
+            raise UserError(f"{self.directory.name}: every loss has weight 0 at step {progress.step + 1}")
+        return active
+
+    def _learn(self, engine: Engine, batches: list[dict], weights: dict, counts: dict) -> tuple[dict, float]:
+        """Gradients of all micro-batches; returns this rank's sum of every term and the seconds spent in teachers."""
+        sums, teaching = Counter(), 0.0
+        for batch in batches:
+            asked = time.perf_counter()
+            targets = self.targets(batch, list(weights))
+            teaching += time.perf_counter() - asked
+            terms = engine(batch, targets, list(weights))
+            engine.backward(sum(weights[key.split(".")[0]] * value / counts[key] for key, value in terms.items()))
+            sums.update({key: float(value.detach()) for key, value in terms.items()})
+        return sums, teaching
+
+    def _count(self, batches: list[dict], active: Iterable[str]) -> tuple[dict[str, float], float]:
+        """The denominators of the whole step, over all micro-batches and ranks, before any forward pass; its tokens."""
         counts: Counter = Counter()
         for batch in batches:
             counts["tokens"] += int((batch["segment_ids"] > 0).sum())
             for name in active:
                 counts.update({f"{name}.{k}": float(n) for k, n in self.objectives[name].count(batch).items()})
         whole = dict(zip(counts, world.agree(*counts.values()), strict=True))
-        return whole, whole.pop("tokens")
+        tokens = whole.pop("tokens")
+        return {key: max(n, 1.0) for key, n in whole.items()}, tokens  # nothing to count: the sum is 0, and so the mean
 
     def _insist_on_finite(self, means: dict[str, float], step: int) -> None:
         bad = {key: value for key, value in means.items() if not math.isfinite(value)}
@@ -273,23 +216,6 @@ class Stage:
         """The student as an ordinary directory: trained masters, everything else as it was at the start."""
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
         world.first(lambda: models.export(self.start, trained, self.directory / "model"))
-
-
-def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data) -> list[str]:
-    """Freeze what no objective reaches (MiniLM: the last output projection and FFN); returns the names.
-
-    Found by one backward pass over a few tokens: a parameter without a gradient is outside the graph. Left in, ZeRO's
-    flat partitions would decay it.
-    """
-    batch = {key: value[:1, :PROBE] if value.dim() == 2 else value[:1] for key, value in data(0)[0].items()}
-    lesson.to(data.device)
-    names = list(lesson.objectives)
-    sum(lesson(batch, targets(batch, names), names).values()).backward()
-    unreached = [name for name, p in lesson.named_parameters() if p.grad is None]
-    for name, p in lesson.named_parameters():
-        p.grad = None
-        p.requires_grad_(name not in unreached)
-    return [name.removeprefix("student.") for name in unreached]
 
 
 def micro_batch(engine, optim) -> int:

@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from engine_cases import BATCH, parts
+from engine_cases import BATCH, LR, OPTIM, flat, parts
 from launch import launch
 
-from distill.train import freeze_unreachable
+from distill.lesson import freeze_unreachable
 
 CELLS = [(stage, ranks) for stage in range(4) for ranks in (1, 2)]
 every_cell = pytest.mark.parametrize(("stage", "ranks"), CELLS)
@@ -21,15 +21,26 @@ def results(stage: int, ranks: int) -> dict:
 
 
 @functools.cache
-def plain_gradient() -> torch.Tensor:
-    """The same step without an engine: one batch, one backward pass."""
+def plain() -> tuple[torch.Tensor, torch.Tensor]:
+    """Without an engine, each step one batch: the gradient of the first step, the weights after four."""
     lesson, targets, data = parts(BATCH)
     freeze_unreachable(lesson, targets, data)
-    (batch,), names = data(0), list(lesson.objectives)
-    terms = lesson(batch, targets(batch, names), names)
+    trained, gradients = {name: p for name, p in lesson.named_parameters() if p.requires_grad}, []
+    groups = [{"params": p, "weight_decay": OPTIM["weight_decay"] if p.dim() > 1 else 0.0} for p in trained.values()]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=OPTIM["betas"], eps=OPTIM["eps"])
+    for step in range(4):
+        optimizer.zero_grad()
+        loss(lesson, targets, *data(step)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trained.values()]))
+        torch.nn.utils.clip_grad_norm_(trained.values(), OPTIM["clip"])
+        optimizer.step()
+    return gradients[0], flat(trained.items())
+
+
+def loss(lesson, targets, batch) -> torch.Tensor:
+    names = list(lesson.objectives)
     counts = {f"{n}.{k}": float(c) for n in names for k, c in lesson.objectives[n].count(batch).items()}
-    sum(value / counts[key] for key, value in terms.items()).backward()
-    return torch.cat([p.grad.flatten() for p in lesson.parameters() if p.requires_grad])
+    return sum(value / counts[key] for key, value in lesson(batch, targets(batch, names), names).items())
 
 
 @every_cell
@@ -39,8 +50,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(stage, ranks):
 
 @every_cell
 def test_the_gradient_is_that_of_plain_torch(stage, ranks):
-    ours, plain = torch.tensor(results(stage, ranks)["gradient"]), plain_gradient()
-    assert (ours - plain).norm() / plain.norm() <= 1e-6
+    ours, theirs = torch.tensor(results(stage, ranks)["gradient"]), plain()[0]
+    assert (ours - theirs).norm() / theirs.norm() <= 1e-6
+
+
+@every_cell
+def test_clipping_decay_and_adam_are_those_of_plain_torch(stage, ranks):
+    ours, theirs = torch.tensor(results(stage, ranks)["weights"]), plain()[1]
+    assert (ours - theirs).norm() / theirs.norm() <= 1e-5
 
 
 @every_cell

@@ -1,0 +1,105 @@
+"""One forward pass of training: what the student is taught, by whom, on which rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill import corpus, world
+from distill.objectives import scored
+from distill.taps import Trace, trace
+
+PROBE = 16  # tokens a row are enough to see which parameters a loss reaches
+
+
+class Lesson(nn.Module):
+    """Student and objectives as one module, so that one forward pass and one backward pass go through the engine."""
+
+    def __init__(self, student: nn.Module, objectives: dict):
+        super().__init__()
+        self.student = student
+        self.objectives = objectives
+
+    def forward(self, batch: dict, targets: dict[str, Trace], active: list[str]) -> dict[str, Tensor]:
+        """{objective.term: sum over this micro-batch} of the active objectives."""
+        seen = _trace(self.student, batch, [self.objectives[name].needs() for name in active], "student")
+        return {
+            f"{name}.{term}": value
+            for name in active
+            for term, value in self._terms(name, seen, targets, batch).items()
+        }
+
+    def _terms(self, name: str, seen: Trace, targets: dict[str, Trace], batch: dict) -> dict[str, Tensor]:
+        objective = self.objectives[name]
+        return objective.terms(seen, targets.get(objective.target), batch)
+
+
+def _trace(model: nn.Module, batch: dict, needs: list, side: str) -> Trace:
+    wanted = sorted({tap for need in needs for tap in getattr(need, side)})
+    heads = {need.head for need in needs if need.head} if side == "student" else set()
+    rows = scored(batch["labels"], batch["segment_ids"], causal="causal" in heads)[0] if heads else None
+    return trace(model, batch, wanted, rows)
+
+
+@dataclass
+class Targets:
+    """The frozen models of a stage and what of each its objectives want."""
+
+    models: dict[str, nn.Module]
+    objectives: dict
+
+    @torch.no_grad()
+    def __call__(self, batch: dict, active: list[str]) -> dict[str, Trace]:
+        """A target is run only if an active objective asks for it."""
+        needs: dict[str, list] = {}
+        for name in active:
+            if target := self.objectives[name].target:
+                needs.setdefault(target, []).append(self.objectives[name].needs())
+        return {target: _trace(self.models[target], batch, wanted, "target") for target, wanted in needs.items()}
+
+
+def named_losses(spec) -> dict:
+    """The objectives of a stage by the name of their terms in logs: `relation_kl`, a second one `relation_kl_2`."""
+    seen, named = Counter(), {}
+    for name, objective in spec.objectives():
+        seen[name] += 1
+        named[name if seen[name] == 1 else f"{name}_{seen[name]}"] = objective
+    return named
+
+
+class Data:
+    """The rows of every step, for every rank: a pure function of (seed, step)."""
+
+    def __init__(self, batches: corpus.Batches, batch: int, micro_batch: int, packed: bool, device):
+        self.batches, self.batch, self.micro_batch = batches, batch, micro_batch
+        self.packed, self.device = packed, device
+
+    def __call__(self, step: int, mask: float | None = None) -> list[dict]:
+        """The micro-batches of this rank, on its device; `mask` is the masking rate of this step."""
+        mine = range(world.rank(), self.batch // self.micro_batch, world.size())
+        return [self._load(step * self.batch + m * self.micro_batch, mask) for m in mine]
+
+    def _load(self, position: int, mask: float | None) -> dict:
+        batch = self.batches.at(range(position, position + self.micro_batch), mask)
+        batch = batch if self.packed else corpus.unpack(batch)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+
+def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data) -> list[str]:
+    """Freeze what no objective reaches (MiniLM: the last output projection and FFN); returns the names.
+
+    Found by one backward pass over a few tokens: a parameter without a gradient is outside the graph. Left in, ZeRO's
+    flat partitions would decay it.
+    """
+    batch = {key: value[:1, :PROBE] if value.dim() == 2 else value[:1] for key, value in data(0)[0].items()}
+    lesson.to(data.device)
+    names = list(lesson.objectives)
+    sum(lesson(batch, targets(batch, names), names).values()).backward()
+    unreached = [name for name, p in lesson.named_parameters() if p.grad is None]
+    for name, p in lesson.named_parameters():
+        p.grad = None
+        p.requires_grad_(name not in unreached)
+    return [name.removeprefix("student.") for name in unreached]

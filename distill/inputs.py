@@ -10,10 +10,10 @@ from typing import Any
 
 from distill import sources
 from distill.context import MANIFEST, Context, Task
+from distill.recipe import NO_INPUT
 from distill.references import references
 from growth.files import digest, read_json, sha256
 
-NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
 VERSIONED = ("distill-growth", "torch", "transformers", "deepspeed", "tokenizers")
 
 

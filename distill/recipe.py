@@ -168,6 +168,9 @@ class _Loss(OneOf):
 Loss = create_model("Loss", __base__=_Loss, **{name: (kind | None, None) for name, kind in OBJECTIVES.items()})
 
 
+NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
+
+
 class TrainSpec(Value):
     student: StudentSpec = Field(description="exactly one of new, from, cut")
     data: str = Field(description="a corpus")

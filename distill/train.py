@@ -15,8 +15,9 @@ from torch import nn
 
 from distill import corpus, layout, models, snapshot, sources, world
 from distill.engine import Engine, NonFinite
-from distill.inputs import NO_INPUT
 from distill.lesson import Data, Lesson, Targets, freeze_unreachable, named_losses
+from distill.preflight import micro_batch
+from distill.recipe import NO_INPUT
 from distill.schedules import Progress
 from growth import console
 from growth.errors import UserError
@@ -44,7 +45,7 @@ class Stage:
         self.objectives = named_losses(spec)
         headed = next((o for o in self.objectives.values() if o.needs().head), None)
         self.head, self.mask = (headed.needs().head, headed.mask) if headed else (None, None)
-        self.micro_batch = micro_batch(context.recipe.engine, spec.optim)
+        self.micro_batch = micro_batch(context.recipe.engine, spec.optim, world.size())
         self.start = world.first(self._make_start) or directory / "start"
         self.corpus = corpus.open(context.corpus(spec.data), "train")
         self.steps = total_steps(spec.stop, spec.optim.batch, self.corpus)
@@ -57,7 +58,10 @@ class Stage:
     def _make_start(self) -> Path:
         start = self.directory / "start"
         if not start.exists():
-            models.seed_checkpoint(self.spec.student, self.context.model, start, self.head, self.context.seed)
+            tokenizer = self.context.corpus(self.spec.data) / "tokenizer"
+            models.seed_checkpoint(
+                self.spec.student, self.context.model, start, self.head, self.context.seed, tokenizer
+            )
         return start
 
     def _load_target(self, target) -> nn.Module:
@@ -216,17 +220,6 @@ class Stage:
         """The student as an ordinary directory: trained masters, everything else as it was at the start."""
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
         world.first(lambda: models.export(self.start, trained, self.directory / "model"))
-
-
-def micro_batch(engine, optim) -> int:
-    """Rows of one forward pass on one rank: the recipe's, or all of the step at once."""
-    rows = engine.micro_batch or max(optim.batch // world.size(), 1)
-    if optim.batch % (rows * world.size()):
-        raise UserError(
-            f"optim.batch={optim.batch} rows cannot be cut into micro-batches of {rows} on {world.size()} ranks; "
-            f"batch={math.ceil(optim.batch / (rows * world.size())) * rows * world.size()} can"
-        )
-    return rows
 
 
 def total_steps(stop, batch: int, data) -> int:

@@ -12,8 +12,9 @@ import socket
 import pytest
 import yaml
 
-from distill import card, plots, report
+from distill import report
 from distill.evaluate import RESULT
+from distill.report import card, figures, plots, words
 from growth.errors import UserError
 
 RECIPE = {
@@ -170,7 +171,7 @@ def test_a_second_report_is_the_first_one(reported, tmp_path):
 
 def test_the_best_value_below_the_teacher_is_marked():
     def marked(found):
-        _, rows = report.table(found, mark="*")
+        _, rows = words.table(found, mark="*")
         return [cells[0] for cells in rows if cells[2].startswith("*")]
 
     assert marked(changed()) == ["student"]
@@ -179,17 +180,17 @@ def test_the_best_value_below_the_teacher_is_marked():
 
 
 def test_equal_values_are_not_marked():
-    columns, rows = report.table(changed(), mark="*")
+    columns, rows = words.table(changed(), mark="*")
     assert not any("*" in cells[columns.index("tokens/s ↑")] for cells in rows)
 
 
 def test_a_lower_loss_is_the_better_one():
-    columns, rows = report.table(changed(), mark="*")
+    columns, rows = words.table(changed(), mark="*")
     assert [c[0] for c in rows if c[columns.index("held-out loss ↓")].startswith("*")] == ["scratch"]
 
 
 def test_what_was_not_measured_is_a_dash():
-    columns, rows = report.table(changed(), mark="*")
+    columns, rows = words.table(changed(), mark="*")
     assert [cells[columns.index("held-out loss ↓")] for cells in rows][::2] == ["-", "-"]
 
 
@@ -197,25 +198,25 @@ def test_what_was_not_measured_is_a_dash():
 
 
 def test_the_sentence_follows_from_the_figures():
-    (sentence,) = report.sentences(changed())
+    (sentence,) = words.sentences(changed())
     assert "77% of the teacher's parameters at 1.9 times its speed, keeps 102.3% of its probe" in sentence
     assert "against baseline: probe +0.031 (better in 3 of 3 seeds)" in sentence
     assert "held-out loss +0.500 (better in 0 of 3 seeds)" in sentence
 
 
 def test_a_student_that_lost_is_said_to_have_lost():
-    (sentence,) = report.sentences(changed(student=[0.5, 0.6, 0.7]))
+    (sentence,) = words.sentences(changed(student=[0.5, 0.6, 0.7]))
     assert "against baseline: probe -0.079 (better in 1 of 3 seeds)" in sentence
 
 
 def test_a_difference_within_the_noise_is_called_that():
-    (sentence,) = report.sentences(changed(student=[0.68, 0.69, 0.7]))
+    (sentence,) = words.sentences(changed(student=[0.68, 0.69, 0.7]))
     assert "probe +0.011 (better in 3 of 3 seeds, within the noise)" in sentence
 
 
 def test_without_a_student_nothing_is_claimed():
     found = changed()
-    assert report.sentences({**found, "rows": found["rows"][:1]}) == []
+    assert words.sentences({**found, "rows": found["rows"][:1]}) == []
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_without_a_student_nothing_is_claimed():
     ],
 )
 def test_seeds_are_won_pair_by_pair(better, mine, theirs, won):
-    assert report.wins(metric(better, *mine), metric(better, *theirs)) == won
+    assert words.wins(metric(better, *mine), metric(better, *theirs)) == won
 
 
 # Several stages, missing pieces
@@ -258,12 +259,12 @@ def test_a_run_without_evaluation_says_so_and_writes_nothing(run):
 def test_a_stage_without_log_has_no_picture(run):
     for log in run.glob("twin@*/log.jsonl"):
         log.unlink()
-    assert list(report.training_logs(run, report.gather(run)["stages"])) == ["student"]
+    assert list(figures.training_logs(run, figures.gather(run)["stages"])) == ["student"]
 
 
 def test_the_unfinished_last_line_of_a_log_is_dropped(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(entry(1)) + "\n" + json.dumps(entry(2))[:20])
-    assert report.read_log(tmp_path / "log.jsonl") == [entry(1)]
+    assert figures.read_log(tmp_path / "log.jsonl") == [entry(1)]
 
 
 # Pictures

@@ -1,84 +1,10 @@
-"""What a run was worth: one set of figures as report.json, report.md, a table on the terminal, plots and model cards.
-
-Everything is made from what the stages left behind (recipe.yaml, evaluation.json, stage.json, log.jsonl), so a report
-can be made again at any time. Heavy imports only where a plot is drawn.
-"""
+"""The figures in words: table, meaning, report.md. The same numbers everywhere."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
-import yaml
-
-from distill.evaluate import RESULT
 from growth import console
-from growth.errors import UserError
-from growth.files import read_json, write_json, write_text
-
-PUBLIC = ("mean", "seeds", "better")  # of a metric in report.json
-PASSED_ON = ("machine", "versions", "command")
-
-
-def rebuild(run: Path) -> dict:
-    """Write report.json, report.md, the plots and the model cards of a run directory and print the table."""
-    from distill import card, plots
-
-    run = Path(run)
-    report = gather(run)
-    logs = training_logs(run, report["stages"])
-    pictures = plots.draw(run, report, logs)
-    write_json(run / "report.json", public(report))
-    write_text(run / "report.md", markdown(report, pictures))
-    card.write_all(run, report)
-    show(report)
-    console.say(f"report: {run / 'report.md'}")
-    return public(report)
-
-
-def gather(run: Path) -> dict:
-    """The figures of all evaluate stages of a run, with what the recipe says about it."""
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a run directory: no recipe.yaml in it")
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    stages = [stage["id"] for stage in recipe["stages"] if "evaluate" in stage]
-    found = {stage: read_json(run / stage / RESULT) for stage in stages if (run / stage / RESULT).is_file()}
-    if not found:
-        raise UserError(f"{run}: nothing was evaluated yet; `distill run` goes on where it stopped")
-    last = list(found.values())[-1]
-    return {
-        "recipe": recipe["recipe"],
-        "about": recipe.get("about", ""),
-        "equal": recipe.get("equal", "steps"),
-        "seeds": recipe.get("seeds", 1),
-        "rows": [row for stage in found for row in _named(stage, found)],
-        "metrics": {name: facts for result in found.values() for name, facts in result["metrics"].items()},
-        "stages": [stage for stage in recipe["stages"] if "train" in stage],
-        "corpora": recipe.get("corpora", {}),
-        "models": recipe.get("models", {}),
-        **{key: last[key] for key in PASSED_ON},
-    }
-
-
-def _named(stage: str, found: dict[str, dict]) -> Iterator[dict]:
-    """The rows of a stage; `stage/name` where another stage has a row of that name."""
-    others = {row["name"] for other, result in found.items() if other != stage for row in result["rows"]}
-    for row in found[stage]["rows"]:
-        yield {**row, "name": f"{stage}/{row['name']}" if row["name"] in others else row["name"]}
-
-
-def public(report: dict) -> dict:
-    """report.json."""
-    rows = [
-        {
-            **{key: row[key] for key in ("name", "role", "params")},
-            "metrics": {name: {key: found[key] for key in PUBLIC} for name, found in row["metrics"].items()},
-        }
-        for row in report["rows"]
-    ]
-    return {"recipe": report["recipe"], "equal": report["equal"], "rows": rows} | {k: report[k] for k in PASSED_ON}
-
 
 # The table
 
@@ -244,19 +170,3 @@ def _every_seed(report: dict) -> Iterator[str]:
 def _seed_text(report: dict, row: dict, metric: str) -> str:
     digits = report["metrics"][metric]["digits"]
     return ", ".join(f"{value:,.{digits}f}" for value in row["metrics"].get(metric, {}).get("seeds", [])) or "-"
-
-
-# Logs
-
-
-def training_logs(run: Path, stages: list[dict]) -> dict[str, list[list[dict]]]:
-    """Stage -> the log of each of its seeds."""
-    files = {stage["id"]: sorted([*run.glob(f"{stage['id']}/log.jsonl"), *run.glob(f"{stage['id']}@*/log.jsonl")])
-             for stage in stages}  # fmt: skip
-    return {stage: [read_log(file) for file in found] for stage, found in files.items() if found}
-
-
-def read_log(path: Path) -> list[dict]:
-    """The entries of a log; a last line that a killed run left unfinished is dropped."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]

@@ -40,7 +40,7 @@ def write_all(run: Path, report: dict) -> None:
 
 
 def facts(run: Path, directory: Path, stage: dict, report: dict) -> Facts:
-    from distill.report import markdown_table, sentences, table
+    from distill.report.words import markdown_table, sentences, table
 
     train = stage["train"]
     state = directory / "stage.json"

@@ -25,6 +25,12 @@ def _evaluate(spec, contexts, directory) -> list:
     return evaluate(spec, contexts, directory)
 
 
+def _foresee(spec, context) -> None:
+    from distill.evaluate import foresee
+
+    foresee(spec, context)
+
+
 def _report(out: Path) -> None:
     from distill.report import rebuild
 
@@ -53,6 +59,7 @@ class Work:
     prepare: Callable = _prepare
     resolve: Callable = sources.resolve
     check: Callable = _check
+    foresee: Callable = _foresee
 
 
 @dataclass(eq=False)

@@ -53,7 +53,7 @@ def show(recipe: Recipe, out: Path, ranks: int) -> None:
     """Check the recipe as `run` would, then print what it would cost."""
     stages.refuse_out(recipe, out)
     context = Context(recipe, out, recipe.seed)
-    check(recipe, context)
+    check(recipe, context, ranks)
     planned = Planned(recipe, context)
     rows = [forecast(stage, planned, ranks) for stage in recipe.stages if stage.train]
     speed, machine = matmul_speed(recipe.engine.precision)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from growth.errors import UserError
+from growth.families import FAMILIES
 
 
 class Layout(NamedTuple):
@@ -45,6 +46,13 @@ UNKNOWN = Layout(None, positions=False)
 def packable(config) -> bool:
     """Whether several documents may share a row without seeing each other."""
     return _layout(config).packed is not None
+
+
+def longest(config) -> int | None:
+    """Tokens that a row may have; None where positions are computed, so that no table ends."""
+    family = FAMILIES.get(config.model_type)
+    places = family.sizes_of(config.to_dict()).get("pos") if family else None
+    return places - (config.pad_token_id + 1) if places and _layout(config).skip else places
 
 
 def inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

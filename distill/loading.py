@@ -55,6 +55,12 @@ def load(path: Path, head: str | None = None, dtype: torch.dtype = torch.float32
     return model.eval()
 
 
+def examine(path: Path) -> None:
+    """Refuse, before a weight is read, all that headers and config.json can tell."""
+    checkpoint, config = reading.open(path), configuration(path)
+    _compare(path, checkpoint, skeleton(architecture(config) or class_of(config, None), config, {}))
+
+
 def configuration(source: Path | dict, where: Path | str = "the config"):
     """Of a checkpoint directory, or of the content of a config.json; `auto_map` names code that comes with it."""
     if not isinstance(source, dict):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 import growth
-from distill import loading, taps
+from distill import layout, loading, taps
 from distill.loading import load
 from distill.sources import resolve, weights_sha256
 from growth import checkpoint as reading
@@ -43,6 +43,7 @@ class Facts:
     widths: dict[str, int]  # query, key, value: heads x head size, which need not be the hidden size
     vocab: int
     causal: bool
+    positions: int | None  # tokens that a row may have; None where positions are computed, without a table
     parameters: int  # of the class that config.json names; tied ones count once
 
 
@@ -66,19 +67,26 @@ def facts(source) -> Facts:
         widths={role: s[1] * s[3] if role in taps.IN_ATTENTION else s[2] for role, s in shapes.items()},
         vocab=config.vocab_size,
         causal=loading.causal(config),
+        positions=layout.longest(config),
         parameters=sum(p.numel() for p in (loading.skeleton(whole, config, {}) if whole else base).parameters()),
     )
 
 
-def seed_checkpoint(student, resolve_ref: Callable[[str], Path], dst: Path, head: str | None, seed: int) -> Path:
-    """The student before its first step, as safetensors: the same for every ZeRO stage and number of ranks."""
+def seed_checkpoint(
+    student, resolve_ref: Callable[[str], Path], dst: Path, head: str | None, seed: int, tokenizer: Path | None = None
+) -> Path:
+    """The student before its first step, as safetensors: the same for every ZeRO stage and number of ranks.
+
+    One of random weights takes the `tokenizer` of its corpus with it, any other its own.
+    """
     if student.new is not None:
-        return _start_new(student.new, resolve_ref, dst, head, seed)
+        return _save(fresh(_new_config(student.new, resolve_ref), head, seed), dst, carry=tokenizer)
     if student.cut is None:
         return _continue(resolve_ref(student.from_), dst, head, seed)
-    scratch = Path(dst).with_name(f"{Path(dst).name}.cut")
+    source, scratch = resolve_ref(student.cut.from_), Path(dst).with_name(f"{Path(dst).name}.cut")
+    reading.open(source).check_values()  # here, where a mistake has the name that the user knows
     try:
-        cut = growth.cut(resolve_ref(student.cut.from_), scratch, layers=student.cut.layers, overwrite=True)
+        cut = growth.cut(source, scratch, layers=student.cut.layers, overwrite=True)
         return _continue(cut, dst, head, seed)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -124,14 +132,13 @@ def _by_name(initialise: Callable, names: dict[nn.Module, str], seed: int) -> Ca
     return initialise_alone
 
 
-def _start_new(new, resolve_ref: Callable[[str], Path], dst: Path, head: str | None, seed: int) -> Path:
+def _new_config(new, resolve_ref: Callable[[str], Path]):
     if new.like is not None:
-        source = resolve_ref(new.like)
-        return _save(fresh(loading.configuration(source), head, seed), dst, carry=source)
+        return loading.configuration(resolve_ref(new.like))
     if isinstance(new.config, dict):
-        return _save(fresh(loading.configuration(new.config), head, seed), dst, carry=None)
-    path = Path(new.config)
-    return _save(fresh(loading.configuration(files.read_json(path), path), head, seed), dst, carry=path.parent)
+        return loading.configuration(new.config)
+    path = Path(new.config).expanduser()
+    return loading.configuration(files.read_json(path), path)
 
 
 def _save(model: nn.Module, dst: Path, carry: Path | None, overwrite: bool = False) -> Path:

@@ -5,10 +5,13 @@ Everything comes from configs: those of models at hand, and those that stages wi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.recipe import Recipe, StudentSpec
+from distill import fitting, world
+from distill.recipe import EngineSpec, OptimSpec, Recipe, Stage, StudentSpec
 from growth import families, files
 from growth.anatomy import Anatomy
 from growth.cut import kept
@@ -65,22 +68,66 @@ def cut_config(config: dict[str, Any], layers: int | tuple[int, ...]) -> dict[st
     return config_after(anatomy, {a: Layers.of(kept(keep, anatomy.sizes[a])) for a in anatomy.family.depth})
 
 
-def check(recipe: Recipe, context) -> None:
+def check(recipe: Recipe, context, ranks: int | None = None) -> None:
     """Refuse a recipe that cannot work, with every reason."""
-    planned = Planned(recipe, context)
-    wrong = [line for stage in recipe.stages if stage.train for line in _of_stage(stage, planned)]
+    planned, ranks = Planned(recipe, context), ranks or world.size()
+    _examine(recipe, context)
+    wrong = [line for stage in recipe.stages for line in _of_stage(stage, planned, ranks)]
     if wrong:
         raise UsageError("\n".join(wrong))
 
 
-def _of_stage(stage, planned: Planned) -> list[str]:
+def _examine(recipe: Recipe, context) -> None:
+    from distill import loading
+
+    for name in recipe.models:
+        try:
+            loading.examine(context.model(name))
+        except UserError as error:
+            raise UserError(f"model {name}: {error}") from error
+
+
+def _of_stage(stage: Stage, planned: Planned, ranks: int) -> list[str]:
+    return _of_training(stage, planned, ranks) if stage.train else _of_evaluation(stage, planned)
+
+
+def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
     try:
         student = planned.student_facts(stage.id)
         targets = {name: planned.facts(target.from_) for name, target in stage.train.targets.items()}
     except UserError as error:
         return [f"stages.{stage.id}.train.student: {error}"]
-    return [
+    losses = [
         f"stages.{stage.id}.train.loss.{i}.{name}: {what}"
         for i, (name, objective) in enumerate(stage.train.objectives())
         for what in objective.check(student, targets.get(objective.target))
     ]
+    models = {"the student": student, **{f"target {name}": facts for name, facts in targets.items()}}
+    rest = [*_of_batch(stage, planned, ranks), *fitting.of_training(stage, planned, models)]
+    return [*losses, *(f"stages.{stage.id}.train: {what}" for what in rest)]
+
+
+def _of_batch(stage: Stage, planned: Planned, ranks: int) -> Iterator[str]:
+    try:
+        micro_batch(planned.recipe.engine, stage.train.optim, ranks)
+    except UserError as error:
+        yield str(error)
+
+
+def micro_batch(engine: EngineSpec, optim: OptimSpec, ranks: int) -> int:
+    """Rows of one forward pass on one rank: the recipe's, or all of the step at once."""
+    rows = engine.micro_batch or max(optim.batch // ranks, 1)
+    if optim.batch % (rows * ranks):
+        raise UserError(
+            f"optim.batch={optim.batch} rows cannot be cut into micro-batches of {rows} on {ranks} ranks; "
+            f"batch={math.ceil(optim.batch / (rows * ranks)) * rows * ranks} can"
+        )
+    return rows
+
+
+def _of_evaluation(stage: Stage, planned: Planned) -> list[str]:
+    text = fitting.Text(stage.evaluate.data, planned)
+    wrong = (
+        fitting.too_long(text, label, planned.facts(reference)) for label, reference in stage.evaluate.rows.items()
+    )
+    return [f"stages.{stage.id}.evaluate: {what}" for found in wrong for what in found]

@@ -43,6 +43,8 @@ def run(
         tasks = list(_tasks(recipe, contexts))
         world.first(lambda: _mark(tasks, start_from, fresh))
         for task in tasks:
+            _foresee(task, work)
+        for task in tasks:
             _do(task, tasks, work)
     if any(stage.kind == "evaluate" for stage in recipe.stages):
         world.first(lambda: work.report(out))
@@ -126,6 +128,17 @@ def _look(recipe: Recipe, context: Context, out: Path) -> None:
 
 def _models(recipe: Recipe, context: Context) -> dict[str, Path]:
     return {name: context.model(name).resolve() for name in recipe.models}
+
+
+def _foresee(task: Task, work: Work) -> None:
+    """An evaluation that cannot be made is refused before hours of training."""
+    task.contexts[0].corpus(task.spec.data)
+    if task.stage.kind == "evaluate":
+        world.first(lambda: None if _is_done(task) else work.foresee(task.spec, task.contexts[0]))
+
+
+def _is_done(task: Task) -> bool:
+    return (_manifest(task) or {}).get("state") == DONE
 
 
 # What is done, stale, interrupted

@@ -12,6 +12,7 @@ import time
 
 import click
 import pytest
+from tiny import model, save, tokenizer
 
 from distill.cli import main
 
@@ -137,7 +138,7 @@ def test_a_mistake_of_the_user_is_a_line_and_an_exit_code(tmp_path, arguments, c
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["full", "full/thesis.tex"]
 
 
-# What needs torch, on a model that is only a config
+# What needs torch
 
 TINY = """\
 recipe: tiny
@@ -163,8 +164,6 @@ stages:
     stop: {epochs: 2}
 """
 BERT = {
-    "model_type": "bert",
-    "architectures": ["BertForMaskedLM"],
     "vocab_size": 101,
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -176,8 +175,7 @@ BERT = {
 
 @pytest.fixture
 def tiny(tmp_path):
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text(json.dumps(BERT))
+    save(model("bert", head="mlm", **BERT), tmp_path / "teacher", tokenizer(BERT["vocab_size"]))
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "words.txt").write_text("a few words " * 200)
     return tmp_path

@@ -59,6 +59,10 @@ class Log:
         self.ran.append(directory.name)
         return [str(context.model(ref)) for ref in spec.rows.values() for context in contexts]
 
+    def foresee(self, spec, context):
+        if spec.on == ("kl",):
+            raise UserError("no head")
+
     def prepare(self, spec, tokenizer, out):
         assert (tokenizer / "config.json").exists()
         out.mkdir(parents=True, exist_ok=True)
@@ -72,6 +76,7 @@ class Log:
             prepare=self.prepare,
             resolve=lambda spec, name: Path(spec.from_[0]),
             check=lambda recipe, context: None,
+            foresee=self.foresee,
         )
 
 
@@ -282,3 +287,10 @@ def test_a_broken_manifest_is_named(runs):
     (runs.out / "student" / "stage.json").write_text("{")
     with pytest.raises(UserError, match=r"student.stage\.json"):
         runs()
+
+
+def test_an_evaluation_that_cannot_be_made_is_refused_before_anything_is_trained(runs):
+    with pytest.raises(UserError, match="no head"):
+        runs("stages.report.evaluate.on=[kl]")
+    assert not (runs.out / "student").exists()
+    assert runs() == ALL

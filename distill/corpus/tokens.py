@@ -64,6 +64,12 @@ def digest(tokenizer) -> str:
     return files.digest([pieces, asdict(facts(tokenizer)), encode(tokenizer, list(PROBES))])
 
 
+def strange(tokenizer, other) -> list[str]:
+    """Pieces that `other` lacks or has under another id; it may have more, as padded vocabularies do."""
+    known = other.get_vocab()
+    return sorted(piece for piece, number in tokenizer.get_vocab().items() if known.get(piece) != number)
+
+
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids without special tokens; a `[MASK]` that stands in the text is text."""
     return tokenizer(

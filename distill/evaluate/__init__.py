@@ -84,6 +84,19 @@ def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
     return result["rows"]
 
 
+def foresee(spec, context) -> None:
+    """Whatever makes a metric impossible, before anything is trained; silent where a stage makes the teacher."""
+    from distill.evaluate.bench import Bench, Subjects
+
+    teacher = spec.teacher or _teacher(spec.rows)
+    if teacher and teacher not in context.recipe.models:
+        return
+    subjects = Subjects(context.corpus(spec.data))
+    bench = Bench(subjects.corpus, teacher and subjects.at(context.model(teacher)))
+    for metric in dict(map(_metric, spec.on)).values():
+        metric.check(bench)
+
+
 def role(label: str, reference: str, teacher: str | None) -> str:
     """teacher, student, baseline, scratch or assistant: by what the row is called, then by what it is."""
     if reference == teacher:

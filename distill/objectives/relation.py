@@ -152,6 +152,7 @@ def _attention_mistakes(_, models: dict) -> list[str]:
         for facts in models.values()
         if facts.family in INEXACT
     ]
+    wrong = list(dict.fromkeys(wrong))  # two of one family: said once
     heads = {name: facts.heads for name, facts in models.items()}
     if heads["student"] != heads["teacher"]:
         wrong.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ import click
 
 from growth.errors import UserError
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of the disk, of what a user may have, of one file
 INTERRUPTED = 130  # the shell's code for SIGINT
 EVERY = 10.0  # seconds between progress lines in a log file
 
@@ -29,9 +31,10 @@ class Commands(click.Group):
         except BrokenPipeError:
             raise  # `| head` is not a mistake; click ends quietly
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno not in FULL:
                 raise  # not about a file of the user's
-            self._fail(context, f"{error.filename}: {error.strerror}", UserError.exit_code)
+            where = "" if error.filename is None else f"{error.filename}: "
+            self._fail(context, f"{where}{error.strerror}", UserError.exit_code)
 
     def _fail(self, context: click.Context, message: str, code: int) -> None:
         click.echo(f"error: {message}", err=True)

@@ -18,11 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from growth.console import say, size
+from growth.console import FULL, say, size
 from growth.errors import UserError
 
 LARGEST_JSON = 100_000_000  # bytes; no honest config, index or header is longer
-FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
@@ -151,6 +150,9 @@ def write_text(path: str | Path, text: str) -> None:
         fault("write.before_rename")
         os.replace(temporary, path)
         _fsync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failing write does not know its file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

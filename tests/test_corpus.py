@@ -624,3 +624,32 @@ def test_the_digest_of_prose_is_that_of_its_lines(tokenizer, tmp_path):
     text = "".join(document.text + "\n" for document in sources.documents(spec("synthetic", limit=50))).encode()
     found = json.loads((tmp_path / "corpus" / "manifest.json").read_text())["source"]
     assert (found["bytes"], found["digest"]) == (len(text), hashlib.sha256(text).hexdigest())
+
+
+FILLING = """
+import os, resource, sys
+from pathlib import Path
+from distill import corpus
+from distill.recipe import CorpusSpec
+from growth.errors import UserError
+source, tokenizer, out = sys.argv[1:]
+spec = CorpusSpec(source=source, tokenizer="t", length=40, heldout=0.2)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for limit in (int(1.5**i) for i in range(12, 40)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    try:
+        corpus.prepare(spec, Path(tokenizer), Path(out))
+        print("prepared")
+        break
+    except UserError as error:
+        assert str(error).startswith("disk full") and not os.listdir(Path(out).parent), error
+        print("full")
+"""
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_nothing_wherever_it_happens(texts, tokenizer, tmp_path):
+    write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    paths = [str(path) for path in (tmp_path / "in.jsonl", tokenizer, tmp_path / "new" / "corpus")]
+    done = subprocess.run([sys.executable, "-c", FILLING, *paths], capture_output=True, text=True, timeout=60)
+    assert not done.returncode, done.stderr
+    assert done.stdout.split().count("full") > 10 and done.stdout.split()[-1] == "prepared"

@@ -128,7 +128,7 @@ def _tokenise(texts: store.Texts, tokenizer, facts: tokens.Facts, length: int, s
         for block in _blocks(texts):
             encoded = (ids for ids in tokens.encode(tokenizer, block) if ids)
             pieces = [piece for ids in encoded for piece in tokens.chunks(ids, facts, length)]
-            np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.uint32).tofile(file)
+            file.write(np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.uint32).data)
             lengths.extend(map(len, pieces))
             advance(len(block))
     if not lengths:
@@ -156,7 +156,7 @@ def _write_rows(layout: packing.Layout, ids: np.ndarray, facts: tokens.Facts, si
     for number, start in enumerate(range(0, layout.rows, step)):
         rows = range(start, min(start + step, layout.rows))
         for what, values in zip(store.COLUMNS, layout.fill(rows, ids, facts.pad, types), strict=True):
-            np.save(directory / store.shard_name(side, number, what), values)
+            store.write_array(directory / store.shard_name(side, number, what), values)
 
 
 def _rows_per_shard(length: int) -> int:

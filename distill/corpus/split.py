@@ -84,5 +84,5 @@ class Side:
 
     def close(self) -> None:
         self._file.close()
-        np.save(self.directory / f"{self.name}.ends.npy", np.array(self.ends, dtype=np.uint64))
-        np.save(self.directory / f"{self.name}.parts.npy", np.array(self.parts, dtype=np.uint32))
+        store.write_array(self.directory / f"{self.name}.ends.npy", np.array(self.ends, dtype=np.uint64))
+        store.write_array(self.directory / f"{self.name}.parts.npy", np.array(self.parts, dtype=np.uint32))

@@ -40,6 +40,11 @@ class Checkpoint(Mapping[str, Entry]):
         return f"<checkpoint {self.path}: {len(self)} tensors in {len(self.files)} files>"
 
     @property
+    def origin(self) -> str:
+        """What a lineage calls it."""
+        return str(self.path.resolve())
+
+    @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.values())
 
@@ -60,10 +65,7 @@ class Checkpoint(Mapping[str, Entry]):
 
     def check_values(self) -> None:
         """Refuse tensors with NaN or infinity, by name."""
-        wrong = [name for name in self if not _finite(self.tensor(name))]
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise UserError(f"{self.path}: {wrong[0]}{more} not finite (NaN or infinity)")
+        refuse_not_finite(self)
 
     def digest(self) -> str:
         """sha256 of what the model is: its config, and name, dtype, shape and bytes of every tensor in name order.
@@ -129,6 +131,13 @@ def _compare(path: Path, file: str, found: Mapping[str, Entry], where: Mapping[s
     lost = next((name for name, place in where.items() if place == file and name not in found), None)
     if lost:
         raise UserError(f"{path / file} lacks {lost}, which {INDEX} places there")
+
+
+def refuse_not_finite(checkpoint) -> None:
+    wrong = [name for name in checkpoint if not _finite(checkpoint.tensor(name))]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"{checkpoint.path}: {wrong[0]}{more} not finite (NaN or infinity)")
 
 
 def _finite(tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import click
 
 from growth.console import Commands, count, say, size, table
@@ -17,14 +19,21 @@ def main() -> None:
 
 
 def writing(command):
-    """The options of every command that writes a checkpoint."""
+    """The options of every command that writes a checkpoint, as one value."""
+
+    @functools.wraps(command)
+    def run(shard_size: str, check: bool, overwrite: bool, **asked):
+        from growth.operate import Output
+
+        _done(command(**asked, output=Output(shard_size, check, overwrite)))
+
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint."),
         click.option("--check", is_flag=True, help="Read all values first and refuse NaN and infinity."),
         click.option("--shard-size", default="5GB", show_default=True, help="Largest file."),
     ):
-        command = option(command)
-    return command
+        run = option(run)
+    return run
 
 
 @main.command()
@@ -61,11 +70,11 @@ def _story(lineage: dict) -> list[tuple[str, str]]:
 @click.option("--factor", default=2, show_default=True, help="How many times as deep.")
 @click.option("--order", default="stack", show_default=True, help="stack, interleave, or layers such as 0-23,8-31.")
 @writing
-def stack(src: str, dst: str | None, factor: int, order: str, shard_size: str, check: bool, overwrite: bool) -> None:
+def stack(src, dst, factor, order, output):
     """Repeat the whole depth of SRC into DST, or beside SRC as <name>-x2. The function changes."""
     from growth.depth import stack
 
-    _done(stack(src, dst, factor=factor, order=order, shard_size=shard_size, check=check, overwrite=overwrite))
+    return stack(src, dst, factor=factor, order=order, output=output)
 
 
 @main.command()
@@ -74,27 +83,28 @@ def stack(src: str, dst: str | None, factor: int, order: str, shard_size: str, c
 @click.option("--layers", type=int, help="How many blocks, evenly spread.")
 @click.option("--after", help="Behind these layers instead, such as 3,7,11.")
 @writing
-def insert(
-    src: str, dst: str, layers: int | None, after: str | None, shard_size: str, check: bool, overwrite: bool
-) -> None:
+def insert(src, dst, layers, after, output):
     """Insert blocks that start as the identity: the function stays exactly the same."""
     from growth.depth import insert
 
-    behind = None if after is None else numbers(after)
-    _done(insert(src, dst, layers=layers, after=behind, shard_size=shard_size, check=check, overwrite=overwrite))
+    return insert(src, dst, layers=layers, after=None if after is None else numbers(after), output=output)
 
 
 @main.command()
 @click.argument("src")
 @click.argument("dst")
-@click.option("--layers", required=True, help="A number (evenly spaced, with the last) or a list such as 0,1,5.")
+@click.option("--layers", help="Evenly spaced, with the last.")
+@click.option("--hidden", help="Channels of the residual stream.")
+@click.option("--heads", help="Query heads.")
+@click.option("--kv-heads", help="Key-value heads.")
+@click.option("--ffn", help="Neurons of the feed-forward part.")
+@click.option("--vocab", help="Tokens, the first ones.")
 @writing
-def cut(src: str, dst: str, layers: str, shard_size: str, check: bool, overwrite: bool) -> None:
-    """Keep some layers of SRC."""
+def cut(src, dst, output, **asked):
+    """Keep a part of SRC: of anything a number (the largest weights stay) or a list such as 0,1,5."""
     from growth.cut import cut
 
-    chosen = numbers(layers) if "," in layers else numbers(layers)[0]
-    _done(cut(src, dst, chosen, shard_size=shard_size, check=check, overwrite=overwrite))
+    return cut(src, dst, **{name: part if part is None else some(part) for name, part in asked.items()}, output=output)
 
 
 @main.command()
@@ -103,31 +113,64 @@ def cut(src: str, dst: str, layers: str, shard_size: str, check: bool, overwrite
 @click.option("--hidden", type=int, help="Channels of the residual stream.")
 @click.option("--heads", type=int, help="Query heads.")
 @click.option("--kv-heads", type=int, help="Key-value heads.")
+@click.option("--head-size", type=int, help="Channels of a head.")
 @click.option("--ffn", type=int, help="Neurons of the feed-forward part.")
+@click.option("--vocab", type=int, help="Rows of the embeddings: zeros behind the tokens.")
 @click.option("--how", default="exact", show_default=True, help="exact, fpi, aki, weighted, zero or mean.")
 @click.option("--noise", default=0.01, show_default=True, help="Between copies; the function does not see it.")
 @click.option("--seed", default=0, show_default=True)
 @writing
-def widen(
-    src: str,
-    dst: str,
-    hidden: int | None,
-    heads: int | None,
-    kv_heads: int | None,
-    ffn: int | None,
-    how: str,
-    noise: float,
-    seed: int,
-    shard_size: str,
-    check: bool,
-    overwrite: bool,
-) -> None:
+def widen(src, dst, output, **asked):
     """Make SRC wider, keeping what it computes wherever that is possible."""
     from growth.width import widen
 
-    asked = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": ffn}
-    way = {"how": how, "noise": noise, "seed": seed}
-    _done(widen(src, dst, **asked, **way, shard_size=shard_size, check=check, overwrite=overwrite))
+    return widen(src, dst, **asked, output=output)
+
+
+@main.command()
+@click.argument("sources", nargs=-1, required=True)
+@click.argument("dst")
+@click.option("--how", default="linear", show_default=True, help="linear, task or slerp.")
+@click.option("--weights", help="One for each source, such as 0.3,0.7; equal ones by default.")
+@click.option("--base", help="What the sources were trained from, for task vectors.")
+@click.option("--lines", type=float, help="Factor of task vectors in the first layer, rising to 1 in the last.")
+@writing
+def merge(sources, dst, weights, output, **asked):
+    """Make one checkpoint DST of several SOURCES."""
+    from growth.merge import merge
+
+    shares = None if weights is None else numbers(weights, float)
+    return merge(sources, dst, weights=shares, **asked, output=output)
+
+
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--experts", default=8, show_default=True)
+@click.option("--top", default=2, show_default=True, help="Experts for every token.")
+@click.option("--noise", default=0.0, show_default=True, help="Between experts; the function sees it.")
+@click.option("--seed", default=0, show_default=True)
+@writing
+def upcycle(src, dst, output, **asked):
+    """Make SRC a mixture of experts that computes the same."""
+    from growth.upcycle import upcycle
+
+    return upcycle(src, dst, **asked, output=output)
+
+
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--size", type=int, help="Tokens, new ones behind the old.")
+@click.option("--how", default="mean", show_default=True, help="mean, normal or multivariate.")
+@click.option("--vectors", help="A safetensors file with aligned vectors: old, new, and same if some tokens are.")
+@click.option("--seed", default=0, show_default=True)
+@writing
+def vocabulary(src, dst, output, **asked):
+    """Give SRC more tokens, or another vocabulary."""
+    from growth.vocabulary import vocabulary
+
+    return vocabulary(src, dst, **asked, output=output)
 
 
 @main.command()
@@ -174,12 +217,17 @@ def plan(params: float, tokens: float, factor: int) -> None:
     table(["fact", "value"], facts)
 
 
-def numbers(text: str) -> list[int]:
+def numbers(text: str, kind: type = int) -> list:
     """`0,1,5` -> [0, 1, 5]."""
     try:
-        return [int(part) for part in text.split(",") if part]
+        return [kind(part) for part in text.split(",") if part]
     except ValueError:
         raise UsageError(f"{text!r}: numbers with commas between them are expected") from None
+
+
+def some(text: str) -> int | list[int]:
+    """`6` -> 6, `0,1,5` -> [0, 1, 5]; `5,` is a list of one."""
+    return numbers(text) if "," in text else numbers(text)[0]
 
 
 def _done(path) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from growth import families
 from growth.anatomy import Anatomy, dissect
-from growth.checkpoint import open
 from growth.errors import UsageError, UserError
-from growth.files import ensure_space
 from growth.maps import Layers
-from growth.reindex import bytes_after, reindex
-from growth.writer import guard, lineage, write
+from growth.operate import PLAIN, Output, Result, delivered, in_memory, opened, seen
+from growth.reindex import reindex
 
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -56,21 +55,20 @@ def checked(order: Sequence[int], layers: int) -> list[int]:
 
 
 def stack(
-    src: str | Path = ".",
+    src: Any = ".",
     dst: str | Path | None = None,
     *,
     factor: int = 2,
     order: str | Sequence[int] = "stack",
-    shard_size: str | int = "5GB",
-    check: bool = False,
-    overwrite: bool = False,
-) -> Path:
+    output: Output = PLAIN,
+) -> Any:
     """A deeper checkpoint: `stack` (0 1 0 1), `interleave` (0 0 1 1), or any order of layers. The function changes.
 
-    Without `dst` it is written beside the source as `<name>-x2`.
+    Without `dst` it is written beside the source as `<name>-x2`. A model in memory gives a model.
     """
-    src = Path(src).resolve()
-    dst = Path(dst) if dst is not None else src.with_name(f"{src.name}-x{factor}")
+    if dst is None and not in_memory(src):
+        src = Path(src).resolve()
+        dst = src.with_name(f"{src.name}-x{factor}")
     if factor < 1:
         raise UsageError(f"factor {factor}: at least 1")
 
@@ -81,30 +79,27 @@ def stack(
         return Layers.of(parse_order(order, n) if isinstance(order, str) else checked(order, n))
 
     arguments = {"factor": factor, "order": order if isinstance(order, str) else list(order)}
-    return transform("stack", arguments, src, dst, layers, shard_size=shard_size, check=check, overwrite=overwrite)
+    return transform("stack", arguments, src, dst, layers, output)
 
 
 def insert(
-    src: str | Path,
-    dst: str | Path,
+    src: Any,
+    dst: str | Path | None = None,
     *,
     layers: int | None = None,
     after: Sequence[int] | None = None,
-    shard_size: str | int = "5GB",
-    check: bool = False,
-    overwrite: bool = False,
-) -> Path:
+    output: Output = PLAIN,
+) -> Any:
     """Blocks that change nothing: copies whose residual writers, weights and biases, are zero. The function stays.
 
     So many `layers`, evenly spread, or one behind each layer of `after`.
     """
     if (layers is None) == (after is None) or (layers is not None and layers < 1):
         raise UsageError("say either how many layers to insert (at least 1) or after which ones")
-    checkpoint = open(src)
-    anatomy = dissect(checkpoint)
-    if anatomy.family.norms == "post":
+    family = families.of(seen(src).config)
+    if family.norms == "post":
         raise UserError(
-            f"{anatomy.family.name} norms behind every residual sum, so no inserted block can be the identity;"
+            f"{family.name} norms behind every residual sum, so no inserted block can be the identity;"
             " `growth stack --order` copies layers instead (the function changes)"
         )
 
@@ -118,35 +113,23 @@ def insert(
         return Layers.of(order, silent)
 
     arguments = {"layers": layers, "after": None if after is None else list(after)}
-    return transform(
-        "insert", arguments, src, dst, with_identities, shard_size=shard_size, check=check, overwrite=overwrite
-    )
+    return transform("insert", arguments, src, dst, with_identities, output)
 
 
 def transform(
     operator: str,
     arguments: Mapping[str, Any],
-    src: str | Path,
-    dst: str | Path,
+    src: Any,
+    dst: str | Path | None,
     layers: Callable[[int], Layers],
-    *,
-    shard_size: str | int,
-    check: bool,
-    overwrite: bool,
-) -> Path:
-    """Any change of depth, from directory to directory; `layers` gives the map of an axis of some size."""
-    guard(Path(dst), [Path(src)], overwrite)
-    checkpoint = open(src)
-    if check:
-        checkpoint.check_values()
+    output: Output,
+) -> Any:
+    """Any change of depth; `layers` gives the map of an axis of some size."""
+    checkpoint = opened(src, dst, output)
     anatomy = dissect(checkpoint)
     maps = {axis: layers(anatomy.sizes[axis]) for axis in anatomy.family.depth}
     config, stream = reindex(checkpoint, anatomy, maps)
-    pieces = list(stream)
-    ensure_space(dst, bytes_after(pieces), f"{operator} into {dst}")
-    facts = depth_facts(anatomy, maps)
-    story = lineage(operator, arguments, [checkpoint], **facts)
-    return write(dst, config, pieces, shard_size=shard_size, lineage=story, carry=src, overwrite=overwrite)
+    return delivered(Result(operator, arguments, config, stream, depth_facts(anatomy, maps)), dst, output, checkpoint)
 
 
 def depth_facts(anatomy: Anatomy, maps: Mapping[str, Layers]) -> dict[str, Any]:

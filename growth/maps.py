@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Mix = tuple[tuple[int, float], ...]  # weighted old places
@@ -96,6 +96,22 @@ class Units:
         return list(self.scale) if isinstance(self.scale, tuple) else [self.scale] * len(self)
 
 
+Place = tuple[tuple[str, int], ...]  # where a tensor stands on the axes of its name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Units that are kept, the same number in every place; the places of an axis choose together or each its own."""
+
+    kept: Mapping[Place, tuple[int, ...]]  # of the place (), if it is one choice for all
+
+    def __len__(self) -> int:
+        return len(next(iter(self.kept.values())))
+
+    def at(self, place: Place) -> tuple[int, ...]:
+        return self.kept[() if () in self.kept else place]
+
+
 def tiled(old: int, new: int) -> tuple[int, ...]:
     """Whole repeats: 0 1 2 0 1 2 0."""
     return tuple(j % old for j in range(new))
@@ -110,6 +126,24 @@ def padded(old: int, new: int) -> tuple[int, ...]:
     """Whole copies, as many as fit, and extra channels."""
     whole = new // old * old
     return (*tiled(old, whole), *[-1] * (new - whole))
+
+
+def kept_first(old: int, new: int) -> tuple[int, ...]:
+    """All old units once, and extra channels behind them."""
+    return (*range(old), *[-1] * (new - old))
+
+
+def rotary(old: int, new: int, turned: int, turned_new: int) -> tuple[int, ...]:
+    """Channels of a head, of which the first `turned` turn in pairs (i, i + turned / 2).
+
+    Pair i of n turns at base^(-i/n): in a head m times as large, the pair of that speed is m i.
+    """
+    index = [-1] * new
+    for i in range(turned // 2):
+        at = i * (turned_new // turned)
+        index[at], index[at + turned_new // 2] = i, i + turned // 2
+    index[turned_new : turned_new + old - turned] = range(turned, old)
+    return tuple(index)
 
 
 def dealt(kv: Units, group: int, new_group: int) -> tuple[int, ...]:

@@ -5,9 +5,10 @@ Nothing is computed where a map only copies: then a tensor is the byte range of 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,10 @@ from growth.checkpoint import Checkpoint
 from growth.errors import UserError
 from growth.families.table import Slot
 from growth.maps import Layers, Mix
-from growth.ranges import BYTES, torch_dtype
-from growth.take import Widening
+from growth.take import Axes
 from growth.writer import Computed, Entry, Fill, Piece
 
+Stream = Iterator[tuple[str, Piece]]
 NEVER_PER_LAYER = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens"}
 
 
@@ -53,9 +54,7 @@ def _refuse_unknown_lists(anatomy: Anatomy) -> None:
             )
 
 
-def reindex(
-    checkpoint: Checkpoint, anatomy: Anatomy, maps: Mapping[str, Layers]
-) -> tuple[dict[str, Any], Iterator[tuple[str, Piece]]]:
+def reindex(checkpoint: Checkpoint, anatomy: Anatomy, maps: Mapping[str, Layers]) -> tuple[dict[str, Any], Stream]:
     """The new config, and the new tensors in the order of the table."""
     config = config_after(anatomy, maps)
     return config, _stream(checkpoint, anatomy, config, maps)
@@ -110,27 +109,23 @@ def _piece(checkpoint: Checkpoint, terms: list[tuple[str, float]]) -> Piece:
 
 
 def _mixed(checkpoint: Checkpoint, terms: list[tuple[str, float]]):
-    """In float32 (or wider), cast once."""
-    import torch
-
-    dtype = torch_dtype(checkpoint[terms[0][0]].dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return sum(checkpoint.tensor(name).to(wide) * weight for name, weight in terms).to(dtype)
+    tensors = [checkpoint.tensor(name) for name, _ in terms]
+    return widely(lambda first: sum(
+        (tensor.to(first.dtype) * weight for tensor, (_, weight) in zip(tensors[1:], terms[1:], strict=True)),
+        start=first * terms[0][1]), tensors[0])  # fmt: skip
 
 
-def widen_stream(
-    checkpoint: Checkpoint, anatomy: Anatomy, widening: Widening, above: bool = False
-) -> Iterator[tuple[str, Piece]]:
-    """Every tensor through maps of width; `above` takes new units from the next layer (AKI)."""
+def units_stream(checkpoint: Checkpoint, anatomy: Anatomy, axes: Axes, above: bool = False) -> Stream:
+    """Every tensor through maps of its shape's axes; `above` takes new units from the next layer (AKI)."""
     names = {slot.key: name for slot, name in anatomy.places.items()}
     slots = {slot.key: slot for slot in anatomy.places}
     for key, slot in slots.items():
         entry = checkpoint[names[key]]
         upper = slots.get(_next(slot, anatomy.family.depth)) if above and slot.row.spec.read else None
         sources = [(part, names[part.key]) for part in (slot, upper) if part]
-        if widening.touches(slot):
-            make = partial(_widened, checkpoint, widening, sources)
-            yield slot.name, Computed(entry.dtype, widening.shape(slot, entry.shape), make)
+        if axes.touches(slot):
+            make = partial(_taken, checkpoint, axes, sources)
+            yield slot.name, Computed(entry.dtype, axes.shape(slot, entry.shape), make)
         else:
             yield slot.name, entry
 
@@ -141,16 +136,25 @@ def _next(slot: Slot, depth: tuple[str, ...]) -> tuple:
     return (slot.row.name, slot.part, up if up != slot.at else ("nowhere",))
 
 
-def _widened(checkpoint: Checkpoint, widening: Widening, sources: list[tuple[Slot, str]]):
+def _taken(checkpoint: Checkpoint, axes: Axes, sources: list[tuple[Slot, str]]):
     """Bert2BERT's AKI (arXiv 2110.07143): units beyond the old ones are those of the layer above."""
     import torch
 
-    dtype = torch_dtype(checkpoint[sources[0][1]].dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    taken = [widening.take(checkpoint.tensor(name).to(wide), slot) for slot, name in sources]
-    made = taken[0] if len(taken) == 1 else torch.where(widening.fresh(sources[0][0]), taken[1], taken[0])
-    return made.to(dtype)
+    taken = [widely(lambda wide, slot=slot: axes.take(wide, slot), checkpoint.tensor(name)) for slot, name in sources]
+    return taken[0] if len(taken) == 1 else torch.where(axes.fresh(sources[0][0]), taken[1], taken[0])
 
 
-def bytes_after(pieces: list[tuple[str, Piece]]) -> int:
-    return sum(BYTES[piece.dtype] * math.prod(piece.shape) for _, piece in pieces)
+def widely(change: Callable[[Any], Any], tensor):
+    """Computed in float32 (or wider), cast once."""
+    import torch
+
+    return change(tensor.to(torch.promote_types(tensor.dtype, torch.float32))).to(tensor.dtype)
+
+
+def drawn(shape: tuple[int, ...], name: str, seed: int, dtype):
+    """Normal numbers, the same for a tensor's name and seed whatever is drawn before."""
+    import torch
+
+    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    return torch.randn(shape, generator=draw, dtype=dtype)

@@ -125,6 +125,7 @@ def load(path: Path, anatomy: Anatomy, dtype):
     model.config._experts_implementation = "eager"
     if dtype == torch.float64:
         _plain_norms(model, anatomy)
+        _plain_routers(model, anatomy)
     return model.eval()
 
 
@@ -161,6 +162,23 @@ def _plain_norms(model, anatomy: Anatomy) -> None:
     if family.embed_scale:  # kept in float32 by transformers
         table = model.get_submodule(f"{anatomy.prefix}{family.rows[0].name}")
         table.embed_scale = torch.tensor(math.sqrt(anatomy.sizes["embed"]), dtype=torch.float64)
+
+
+def _plain_routers(model, anatomy: Anatomy) -> None:
+    """Experts are weighed in float32 by transformers."""
+    if "experts" not in anatomy.sizes:
+        return
+    kind = model._can_record_outputs["router_logits"].target_class
+    summing = anatomy.family.view(anatomy.config).holds(anatomy.family.renormalised)
+
+    def plain(module, _, made):
+        logits, _, chosen = made
+        weights = logits.softmax(-1).gather(-1, chosen)  # [tokens, chosen]
+        return logits, weights / weights.sum(-1, keepdim=True) if summing else weights, chosen
+
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(plain)
 
 
 def _rms(module, epsilon: float, offset: float):

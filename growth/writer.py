@@ -18,7 +18,7 @@ from typing import Any
 from growth.console import bar
 from growth.errors import UserError
 from growth.files import committed, digest, ensure_space, fault, write_json
-from growth.ranges import BYTES, Entry, blocks, dtype_name, inside
+from growth.ranges import BYTES, Entry, blocks, dtype_name, inside, torch_dtype
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
@@ -60,6 +60,20 @@ class Computed:
 
 
 Piece = Entry | Fill | Computed  # or a torch.Tensor
+
+
+def made(piece: Piece):
+    """The tensor of a piece."""
+    import torch
+
+    if isinstance(piece, Computed):
+        return piece.make()
+    dtype = torch_dtype(piece.dtype)
+    if isinstance(piece, Fill):
+        return torch.full(piece.shape, piece.value, dtype=dtype)
+    if piece.nbytes == 0:
+        return torch.empty(piece.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(b"".join(blocks(piece))), dtype=torch.uint8).view(dtype).reshape(piece.shape)
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -127,7 +141,7 @@ def lineage(operator: str, arguments: Mapping[str, Any], sources: Iterable[Any],
 
 def _origin(source: Any) -> dict[str, Any]:
     return {
-        "path": str(source.path.resolve()),
+        "path": source.origin,
         "config_digest": digest(source.config),
         "header_digest": source.header_digest(),
         "size": source.nbytes,

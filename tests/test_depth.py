@@ -18,6 +18,7 @@ from growth.cli import main
 from growth.depth import evenly, parse_order
 from growth.errors import UsageError, UserError
 from growth.maps import Layers
+from growth.operate import Output
 from growth.reindex import reindex
 
 # where a family's names carry the layer
@@ -83,7 +84,7 @@ def test_cutting_what_was_stacked_gives_the_source_back_byte_for_byte(source, tm
         with pytest.raises(UserError, match="layer 2 is not there"):
             growth.cut(src, tmp_path / "no", [0, 1, 2])
         src = source(kind, num_decoder_layers=2)
-        growth.stack(src, tmp_path / "twice", overwrite=True)
+        growth.stack(src, tmp_path / "twice", output=Output(overwrite=True))
     path = growth.cut(tmp_path / "twice", tmp_path / "back", list(range(depth(src))))
     assert (path / "model.safetensors").read_bytes() == (src / "model.safetensors").read_bytes()
     before, after = (json.loads((p / "config.json").read_text()) for p in (src, path))
@@ -248,7 +249,7 @@ def test_values_are_checked_on_request(tmp_path):
     path = growth.write(tmp_path / "bad", growth.open(src).config, bad.items())
     growth.cut(path, tmp_path / "x", 2)
     with pytest.raises(UserError, match=r"model\.norm\.weight not finite"):
-        growth.cut(path, tmp_path / "y", 2, check=True)
+        growth.cut(path, tmp_path / "y", 2, output=Output(check=True))
 
 
 def test_buffers_of_old_versions_are_left_behind(tmp_path):

@@ -19,13 +19,17 @@ from growth.anatomy import dissect
 from growth.cli import main
 from growth.errors import UsageError, UserError
 from growth.maps import Units, dealt, padded, sampled, tiled
-from growth.reindex import widen_stream
+from growth.reindex import units_stream
 from growth.verify import _outputs, verify
-from growth.width import HOW, _new_sizes, planned
+from growth.width import HOW, new_sizes, planned
 
 EXACT = 1e-12
 EPSILON = {"gpt2": "layer_norm_epsilon", "t5": "layer_norm_epsilon", "modernbert": "norm_eps", "distilbert": None}
-RMS = [kind for kind in CONFIGS if kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "mixtral")]
+RMS = [
+    kind
+    for kind in CONFIGS
+    if kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "mixtral", "qwen2_moe")
+]
 POST = ["bert", "roberta", "distilbert"]
 FUSED = [*POST, "modernbert", "gpt2", "gpt_neox"]  # heads times their size is the model's width
 
@@ -67,8 +71,8 @@ def by_hand(src, dst, asked, change=lambda widening: widening, how="exact"):
     anatomy = dissect(checkpoint)
     widening, _ = planned(anatomy, {"hidden": None, "heads": None, "kv_heads": None, "ffn": None, **asked}, how, 0.0, 0)
     widening = change(widening)
-    config = anatomy.family.resized(anatomy.config, _new_sizes(widening))
-    return growth.write(dst, config, widen_stream(checkpoint, anatomy, widening))
+    config = anatomy.family.resized(anatomy.config, new_sizes(widening))
+    return growth.write(dst, config, units_stream(checkpoint, anatomy, widening))
 
 
 def with_maps(**maps):

@@ -28,6 +28,7 @@ CONFIGS = {
     "gemma2": LLAMA,
     "olmo2": {**LLAMA, **SPECIAL},
     "mixtral": {**LLAMA, "num_local_experts": 5},
+    "qwen2_moe": {**LLAMA, "num_experts": 5, "moe_intermediate_size": 41, "shared_expert_intermediate_size": 31},
     "t5": dict(
         **dict(vocab_size=53, d_model=30, num_heads=5, d_kv=4, d_ff=41, num_layers=2, num_decoder_layers=3),
         **dict(relative_attention_num_buckets=31),
@@ -47,6 +48,7 @@ LANGUAGE_MODELS = {
     "gemma2": "Gemma2ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "t5": "T5ForConditionalGeneration",
 }
 

@@ -17,6 +17,7 @@ from growth.families.mixtral import MIXTRAL
 from growth.families.modernbert import MODERNBERT
 from growth.families.olmo2 import OLMO2
 from growth.families.qwen2 import QWEN2
+from growth.families.qwen2_moe import QWEN2_MOE
 from growth.families.qwen3 import QWEN3
 from growth.families.roberta import ROBERTA
 from growth.families.t5 import T5
@@ -26,7 +27,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(BERT, ROBERTA, DISTILBERT, MODERNBERT),
-        *(GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, OLMO2, MIXTRAL),
+        *(GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, OLMO2, MIXTRAL, QWEN2_MOE),
         T5,
     )
 }

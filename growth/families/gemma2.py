@@ -22,6 +22,6 @@ GEMMA2 = replace(
         "pre_feedforward_layernorm":  "embed",
         "post_feedforward_layernorm": "embed",
     }},
-    embed_scale=True, closing=("post_attention_layernorm", "post_feedforward_layernorm"),
+    embed_scale=True, head_scaled=False, closing=("post_attention_layernorm", "post_feedforward_layernorm"),
     per_layer=("layer_types",),
 )

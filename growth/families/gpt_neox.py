@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from growth.families.table import Family
 
+
+def rotated(c) -> int:
+    """Pythia turns a quarter of every head."""
+    return int(c.hidden_size // c.num_attention_heads * c.rope_parameters["partial_rotary_factor"])
+
+
+def rope(c) -> dict:
+    """What transformers makes of the older keys."""
+    return {"rope_theta": c.rotary_emb_base, "partial_rotary_factor": c.rotary_pct, "rope_type": "default"}
+
+
 # fmt: off
 GPT_NEOX = Family(
     name="GPT-NeoX", model_type="gpt_neox", norm="layer", norms="pre", prefixes=("gpt_neox.",),
     sizes=dict(vocab="vocab_size", embed="hidden_size", heads="num_attention_heads", qkv=3,
                head=lambda c: c.hidden_size // c.num_attention_heads, ffn="intermediate_size",
                layers="num_hidden_layers", labels=None),
-    defaults=dict(attention_bias=True, tie_word_embeddings=False),
+    defaults=dict(rope_parameters=rope, rotary_pct=0.25, rotary_emb_base=10000.0, attention_bias=True,
+                  tie_word_embeddings=False),
     body={
         "embed_in": "vocab | embed",
         "layers.{layers}.": {
@@ -29,7 +41,7 @@ GPT_NEOX = Family(
         tokens={"classifier": "labels <- embed + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
-    last_norm="final_layer_norm",
+    last_norm="final_layer_norm", rotary=rotated,
     tied={"lm_head.weight": "embed_in.weight", "embed_out.weight": "embed_in.weight"},
     buffers=("layers.{layers}.attention.bias", "layers.{layers}.attention.masked_bias",
              "layers.{layers}.attention.rotary_emb.inv_freq"),

@@ -13,7 +13,7 @@ LLAMA = Family(
     follows=dict(num_attention_heads=lambda s: s["kv"] * s["group"]),
     defaults=dict(num_key_value_heads=lambda c: c.num_attention_heads,
                   head_dim=lambda c: c.hidden_size // c.num_attention_heads,
-                  attention_bias=False, mlp_bias=False, tie_word_embeddings=False),
+                  attention_bias=False, mlp_bias=False, rms_norm_eps=1e-6, tie_word_embeddings=False),
     body={
         "embed_tokens": "vocab | embed",
         "layers.{layers}.": {
@@ -34,7 +34,8 @@ LLAMA = Family(
         classifier={"score.weight": "labels <- embed", "score.bias?": "labels"},    # tokens have a bias, sequences none
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
-    last_norm="norm", epsilon="rms_norm_eps", multiples=(("hidden_size", "num_attention_heads"),),
+    last_norm="norm", rotary=lambda c: c.head_dim, epsilon="rms_norm_eps",
+    multiples=(("hidden_size", "num_attention_heads"),),
     tied={"lm_head.weight": "embed_tokens.weight"},
     buffers=("layers.{layers}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
     roles=dict(query="self_attn.q_proj", key="self_attn.k_proj", value="self_attn.v_proj"),

@@ -11,6 +11,7 @@ BLOCK = {name: row for name, row in MISTRAL.body["layers.{layers}."].items() if 
 MIXTRAL = replace(
     MISTRAL,
     name="Mixtral", model_type="mixtral",
+    defaults={**MISTRAL.defaults, "rms_norm_eps": 1e-5},
     sizes={**MISTRAL.sizes, "experts": "num_local_experts"},
     body={**MISTRAL.body, "layers.{layers}.": {
         **BLOCK,

@@ -38,6 +38,7 @@ MODERNBERT = Family(
         classifier={"classifier": "labels <- transform + bias"},
     ),
     closing=("embeddings.norm",), last_norm="head.norm",
+    rotary=lambda c: c.hidden_size // c.num_attention_heads,
     tied={"decoder.weight": "embeddings.tok_embeddings.weight"},
     per_layer=("layer_types",),
     roles=dict(query="attn.Wqkv", key="attn.Wqkv", value="attn.Wqkv"),

@@ -10,7 +10,7 @@ from growth.families.llama import LLAMA
 BLOCK = {name: row for name, row in LLAMA.body["layers.{layers}."].items() if name != "input_layernorm"}
 OLMO2 = replace(
     LLAMA,
-    name="OLMo-2", model_type="olmo2", norms="branch",
+    name="OLMo-2", model_type="olmo2", norms="branch", defaults={**LLAMA.defaults, "rms_norm_eps": 1e-5},
     body={**LLAMA.body, "layers.{layers}.": {
         **BLOCK,
         "self_attn.q_norm":           "(kv group head)",

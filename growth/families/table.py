@@ -55,6 +55,11 @@ class Row:
     def not_everywhere(self) -> bool:
         return ">" in self.name
 
+    @property
+    def in_place(self) -> bool:
+        """Whether its name carries an axis: it belongs to a layer."""
+        return bool(IN_NAME.search(self.name))
+
     def dims(self, part: str) -> Dims:
         return (self.spec.out,) if part == ".bias" else self.spec.dims
 
@@ -93,6 +98,9 @@ class Family:
     last_norm: str = ""  # the norm in front of the tied head, whose gain makes up for what happens to the table
     embed_scale: bool = False  # the embeddings are multiplied by sqrt(embed)
     head_scale: str = ""  # config key: the tied head's input is divided by sqrt(embed)
+    head_scaled: bool = True  # attention divides by sqrt(head)
+    rotary: Callable[[View], int] | None = None  # how many channels of a head turn with their position
+    renormalised: str = ""  # config key: whether the chosen experts' weights are made to sum to one; "": always
     epsilon: str = ""  # config key of an RMS norm's
     multiples: tuple[
         tuple[str, str], ...
@@ -116,6 +124,11 @@ class Family:
         """The axes that names carry: depth, experts."""
         return {axis for row in self.rows for axis, _ in IN_NAME.findall(row.name)}
 
+    @property
+    def fused(self) -> bool:
+        """Whether one matrix makes queries and keys."""
+        return self.roles["query"] == self.roles["key"]
+
     def view(self, config: Mapping[str, Any]) -> View:
         return View(config, self)
 
@@ -138,7 +151,10 @@ class Family:
         own = {key: sizes[axis] for axis, key in self.sizes.items() if isinstance(key, str) and axis in sizes}
         after = self.sizes_of(config) | dict(sizes)
         new = dict(config) | own | {key: follow(after) for key, follow in self.follows.items()}
-        got = self.sizes_of(new)
+        got = self.sizes_of(new)  # what the config leaves to a formula is written out where the formula fails
+        off = [axis for axis, key in self.sizes.items() if isinstance(key, str) and got[axis] != after[axis]]
+        stated = {self.sizes[axis]: after[axis] for axis in off}
+        new, got = new | stated, self.sizes_of(new | stated)
         wrong = [f"{axis} {got[axis]} for {size}" for axis, size in after.items() if got[axis] != size]
         if wrong:
             raise UserError(f"{self.name} cannot have these sizes together: its config would give {', '.join(wrong)}")

@@ -1,0 +1,67 @@
+"""A transformers model in memory as a checkpoint: the same mapping, so that every operator works on both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from growth.checkpoint import refuse_not_finite
+from growth.files import digest
+from growth.ranges import dtype_name
+from growth.writer import Computed, Piece, made
+
+
+class Memory(Mapping[str, Computed]):
+    """`memory[name]` is a tensor to come, `memory.tensor(name)` is the tensor, under the name that it has on disk."""
+
+    path = origin = "the model in memory"
+    files: tuple = ()
+
+    def __init__(self, model):
+        self.model = model
+        self.config: dict[str, Any] = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+
+    @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        """As `save_pretrained` would write them: tied ones once, experts one by one."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tensors = revert_weight_conversion(self.model, self.model.state_dict())
+        return {name: tensors[name].detach().cpu() for name in tensors if name not in self.model.all_tied_weights_keys}
+
+    def __getitem__(self, name: str) -> Computed:
+        tensor = self._tensors[name]
+        return Computed(dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.values())
+
+    def tensor(self, name: str):
+        return self._tensors[name]
+
+    def check_values(self) -> None:
+        refuse_not_finite(self)
+
+    def header_digest(self) -> str:
+        return digest({name: [entry.dtype, entry.shape] for name, entry in self.items()})
+
+    def rebuilt(self, config: Mapping[str, Any], pieces: Iterable[tuple[str, Piece]], kind: type | None = None):
+        """Another model, of the same class unless told; it shares no memory with this one."""
+        model = built(kind or type(self.model), config, dict(pieces), self.model.dtype)
+        model.config._experts_implementation = self.model.config._experts_implementation
+        return model.to(self.model.device).train(self.model.training)
+
+
+def built(kind: type, config: Mapping[str, Any], pieces: Mapping[str, Piece], dtype, **how: Any):
+    """The model of these tensors, loaded as transformers loads a file."""
+    state = {name: made(piece).clone() for name, piece in pieces.items()}
+    config = kind.config_class.from_dict(dict(config))
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **how)

@@ -1,0 +1,194 @@
+"""Laws of merging, upcycling and resizing the vocabulary."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_width import EXACT, gap, source  # noqa: F401  (a fixture)
+from tiny_families import CONFIGS, load, logits, save
+
+import growth
+from growth.anatomy import dissect
+from growth.errors import UsageError, UserError
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    """Two models of one family and the base of both."""
+    home = tmp_path_factory.mktemp("two")
+    return lambda kind: [
+        path if path.exists() else save(path, kind, seed=i, dtype=torch.float64)
+        for i, path in enumerate(home / f"{kind}-{name}" for name in ("a", "b", "base"))
+    ]
+
+
+def values(path):
+    checkpoint = growth.open(path)
+    return {name: checkpoint.tensor(name) for name in checkpoint}
+
+
+def close(a, b, tolerance=1e-12):
+    a, b = values(a), values(b)
+    return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
+
+
+# merge
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_merge_is_what_its_formula_says_and_loads(two, tmp_path, kind):
+    a, b, base = two(kind)
+    mean = values(growth.merge([a, b], tmp_path / "mean"))
+    task = values(growth.merge([a, b], tmp_path / "task", how="task", base=base, weights=[0.5, 2.0]))
+    va, vb, v0 = values(a), values(b), values(base)
+    for name in va:
+        torch.testing.assert_close(mean[name], (va[name] + vb[name]) / 2)
+        torch.testing.assert_close(task[name], v0[name] + 0.5 * (va[name] - v0[name]) + 2 * (vb[name] - v0[name]))
+    assert logits(load(tmp_path / "mean")).isfinite().all()
+
+
+def test_merging_a_model_with_itself_gives_it_back_in_every_way(two, tmp_path):
+    a, _, base = two("llama")
+    for how, more in {"linear": {}, "slerp": {}, "task": {"base": base, "weights": [0.25, 0.75]}}.items():
+        assert close(growth.merge([a, a], tmp_path / how, how=how, **more), a)
+
+
+def test_the_ends_of_a_slerp_are_its_sources_and_between_them_lengths_stay(two, tmp_path):
+    a, b, _ = two("llama")
+    assert close(growth.merge([a, b], tmp_path / "a", how="slerp", weights=[1, 0]), a)
+    assert close(growth.merge([a, b], tmp_path / "b", how="slerp", weights=[0, 1]), b)
+    between, one, other = (values(p) for p in (growth.merge([a, b], tmp_path / "m", how="slerp"), a, b))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert min(one[name].norm(), other[name].norm()) * 0.99 < between[name].norm()
+    assert between[name].norm() > 1.2 * ((one[name] + other[name]) / 2).norm()
+
+
+def test_lines_spares_the_first_layers_and_leaves_the_last_whole(two, tmp_path):
+    a, _, base = two("llama")
+    path = growth.merge([a], tmp_path / "x", how="task", base=base, lines=0.25)
+    made, tuned, start = values(path), values(a), values(base)
+    for layer, rise in ((0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        torch.testing.assert_close(made[name] - start[name], rise * (tuned[name] - start[name]))
+    torch.testing.assert_close(made["lm_head.weight"], tuned["lm_head.weight"])
+    assert not close(path, growth.merge([a], tmp_path / "y", how="task", base=base), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (dict(how="average"), UsageError, "one of linear"),
+        (dict(weights=[1.0]), UsageError, "1 weights for 2"),
+        (dict(how="task"), UsageError, "need the base"),
+        (dict(lines=0.1), UsageError, "scales task vectors"),
+    ],
+)
+def test_merges_that_make_no_sense_are_refused(two, tmp_path, arguments, error, said):
+    with pytest.raises(error, match=said):
+        growth.merge(two("llama")[:2], tmp_path / "x", **arguments)
+
+
+def test_models_that_do_not_fit_are_both_named(two, tmp_path):
+    a, *_ = two("llama")
+    with pytest.raises(UserError, match=r"is Llama, .* is GPT-2"):
+        growth.merge([a, two("gpt2")[0]], tmp_path / "x")
+    with pytest.raises(UserError, match=r"ffn is 41 in .* and 50 in"):
+        growth.merge([a, growth.widen(a, tmp_path / "w", ffn=50)], tmp_path / "x")
+
+
+# upcycle
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("top", [1, 2])
+def test_identical_experts_are_the_dense_model(source, tmp_path, kind, top):  # noqa: F811
+    path = growth.upcycle(source(kind), tmp_path / "x", experts=5, top=top)
+    assert gap(source(kind), path) <= EXACT and growth.inspect(path).sizes["experts"] == 5
+    assert growth.verify(source(kind), path).kept
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_what_a_config_leaves_out_keeps_the_dense_meaning(source, tmp_path, kind):  # noqa: F811
+    """The two families have other defaults: of epsilon, of the speed of rotation, of key-value heads."""
+    src = save(
+        tmp_path / "src", kind, dtype=torch.float64, rope_parameters={"rope_type": "default", "rope_theta": 77.0}
+    )
+    config = json.loads((src / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    for key in ("rms_norm_eps", "hidden_act", "max_position_embeddings"):
+        del config[key]
+    (src / "config.json").write_text(json.dumps(config))
+    assert gap(src, growth.upcycle(src, tmp_path / "x", experts=3)) <= EXACT
+
+
+def test_without_its_two_conditions_the_mixture_says_something_else(source, tmp_path):  # noqa: F811
+    path = growth.upcycle(source("qwen2"), tmp_path / "x", experts=5)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
+    assert gap(source("qwen2"), path) > 0.1
+
+
+def test_a_mixture_that_was_told_apart_is_called_approximate_and_a_model_gives_a_model(source, tmp_path):  # noqa: F811
+    path = growth.upcycle(source("llama"), tmp_path / "x", experts=3, noise=0.1)
+    assert json.loads((path / "growth.json").read_text())["preserves"] == "approximate"
+    assert gap(source("llama"), path) > 1e-3
+    model = growth.upcycle(load(source("llama"), dtype=torch.float64), experts=3)
+    assert type(model).__name__ == "MixtralForCausalLM"
+    model.save_pretrained(tmp_path / "m")
+    assert close(tmp_path / "m", growth.upcycle(source("llama"), tmp_path / "y", experts=3), 0)
+
+
+def test_what_cannot_be_upcycled_is_refused(source, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="GPT-2 cannot be upcycled"):
+        growth.upcycle(source("gpt2"), tmp_path / "x")
+    with pytest.raises(UserError, match="sets attention_bias"):
+        growth.upcycle(source("llama", attention_bias=True), tmp_path / "x")
+    with pytest.raises(UsageError):
+        growth.upcycle(source("llama"), tmp_path / "x", experts=2, top=3)
+    with pytest.raises(UserError, match="only a language model"):
+        growth.upcycle(source("llama", "LlamaForSequenceClassification", pad_token_id=0), tmp_path / "x")
+
+
+# vocabulary
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("how", ["mean", "normal", "multivariate"])
+def test_more_tokens_leave_the_old_ones_as_they_were(source, tmp_path, kind, how):  # noqa: F811
+    path = growth.vocabulary(source(kind), tmp_path / "x", size=60, how=how)
+    assert gap(source(kind), path) <= EXACT
+    old, new = values(source(kind)), values(path)
+    for slot, name in dissect(growth.open(source(kind))).places.items():
+        if slot.dims[0] == ("vocab",):
+            fresh, mean = new[name][53:], old[name].mean(0)
+            assert torch.equal(new[name][:53], old[name]) and (fresh[0] != fresh[1]).any() != (how == "mean")
+            assert (fresh - mean).abs().max() <= {"mean": 1e-6, "normal": 9.0, "multivariate": 0.05}[how]
+
+
+def test_rows_are_transferred_by_vectors_that_are_aligned(source, tmp_path):  # noqa: F811
+    src, draw = source("gpt2"), torch.Generator().manual_seed(0)
+    old = torch.randn(53, 16, generator=draw)
+    new = torch.cat([old[[5, 1, 0]] * 3, torch.randn(4, 16, generator=draw)])
+    same = torch.tensor([5, 1, 0, -1, -1, -1, 7])
+    save_file({"old": old, "new": new, "same": same}, tmp_path / "vectors.safetensors")
+    path = growth.vocabulary(src, tmp_path / "x", vectors=tmp_path / "vectors.safetensors")
+    before, after = values(src)["transformer.wte.weight"], values(path)["transformer.wte.weight"]
+    torch.testing.assert_close(after[[0, 1, 2, 6]], before[[5, 1, 0, 7]])
+    normal = torch.nn.functional.normalize
+    near = (normal(new[3:4], dim=1) @ normal(old, dim=1).T).topk(10)
+    torch.testing.assert_close(after[3], ((near.values / 0.1).softmax(1).double() @ before[near.indices[0]])[0])
+    assert load(path, dtype=torch.float64).config.vocab_size == 7
+    identity = growth.vocabulary(src, tmp_path / "y", vectors={"old": old, "new": old, "same": torch.arange(53)})
+    assert close(src, identity)
+
+
+def test_vocabularies_that_cannot_be_are_refused(source, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="fewer than the source's 53"):
+        growth.vocabulary(source("gpt2"), tmp_path / "x", size=40)
+    with pytest.raises(UserError, match=r"`old` \[53, n\]"):
+        growth.vocabulary(source("gpt2"), tmp_path / "x", vectors={"old": torch.zeros(9, 4), "new": torch.zeros(9, 4)})
+    with pytest.raises(UsageError, match="either size"):
+        growth.vocabulary(source("gpt2"), tmp_path / "x")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -29,6 +30,7 @@ def _deepspeed():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # asked for even by a process that runs alone
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's, not ours
     import deepspeed
 
     # Its shared-memory collectives compile for a minute, and a killed build leaves a lock that hangs every later start.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -22,6 +23,7 @@ from distill.loading import load
 from distill.sources import resolve, weights_sha256
 from growth import checkpoint as reading
 from growth import files
+from growth.errors import UserError
 from growth.writer import CARRIED
 
 __all__ = ["Facts", "export", "facts", "freeze", "fresh", "load", "resolve", "seed_checkpoint", "weights_sha256"]
@@ -143,8 +145,12 @@ def _new_config(new, resolve_ref: Callable[[str], Path]):
 
 def _save(model: nn.Module, dst: Path, carry: Path | None, overwrite: bool = False) -> Path:
     """The checkpoint directory, whole or not at all, with the tokenizer's files of `carry`."""
+    files.ensure_space(dst, sum(p.numel() * p.element_size() for p in model.parameters()), "a model")
     with files.committed(dst, overwrite=overwrite) as temporary, loading.quiet():
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # a disk that fills up in the middle; not an OSError
+            raise UserError(f"cannot write {dst}: {error}") from error
         for name in CARRIED if carry else ():
             if (Path(carry) / name).exists():
                 shutil.copyfile(reading.inside(Path(carry), name), temporary / name)

@@ -36,7 +36,7 @@ def run(
             f"--from {start_from}: no such stage{did_you_mean(start_from, ids)}; there are {', '.join(ids)}"
         )
     refuse_out(recipe, out)
-    with _owned(out):
+    with world.company(), _owned(out):
         found: dict[str, Path] = {}
         contexts = tuple(Context(recipe, out, recipe.seed + n, work, found) for n in range(recipe.seeds))
         world.first(lambda: _look(recipe, contexts[0], out))
@@ -137,6 +137,12 @@ def _foresee(task: Task, work: Work) -> None:
         world.first(lambda: None if _is_done(task) else work.foresee(task.spec, task.contexts[0]))
 
 
+def _lost(task: Task) -> str | None:
+    """What a finished training stage should have and has no more."""
+    left = ("start", "model") if task.stage.kind == "train" else ()
+    return next((name for name in left if not (task.directory / name).is_dir()), None)
+
+
 def _is_done(task: Task) -> bool:
     return (_manifest(task) or {}).get("state") == DONE
 
@@ -185,6 +191,10 @@ def _open(task: Task, tasks: list[Task]) -> None:
         _begin(task, inputs)
         return
     state, changed = manifest["state"], differences(manifest["inputs"], inputs)
+    if state == DONE and not changed and _lost(task):
+        say(f"{task.name}: its {_lost(task)} is gone; made again from the last snapshot")
+        _write(task, {**manifest, "state": RUNNING})
+        return
     if state != STALE and not changed:
         kept = "finished before and unchanged, not run again" if state == DONE else "goes on where it was interrupted"
         say(f"{task.name}: {kept}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import TypeVar
 from growth.errors import UserError
 
 T = TypeVar("T")
+FAILED = "stopped: another rank failed, its message stands above"
+LOST = re.compile(r"Connection (reset|closed)|Broken pipe|Timed out waiting")  # gloo's words
 STORE = "DISTILL_STORE"  # a file that the ranks of `distill run --ranks N` meet through: no port to collide on
 
 
@@ -90,13 +93,24 @@ def first(work: Callable[[], T]) -> T | None:
     return result
 
 
+@contextmanager
+def company():
+    """A rank that loses another one in the middle of its work says so, instead of where it was waiting."""
+    try:
+        yield
+    except RuntimeError as error:
+        if size() == 1 or not LOST.search(str(error)):
+            raise
+        raise UserError(FAILED) from error
+
+
 def raise_together(failure: BaseException | None) -> None:
     """Raise on every rank if any rank failed: the rank's own error there, a plain one elsewhere."""
     (failed,) = agree(float(failure is not None))
     if failure is not None:
         raise failure
     if failed:
-        raise UserError("stopped: another rank failed, its message stands above")
+        raise UserError(FAILED)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distill import models, sources
@@ -357,3 +359,21 @@ def test_a_frozen_teacher_never_drifts():
         optimizer.zero_grad()
     assert digest(teacher) == before and not teacher.training
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_a_full_disk_is_one_line_before_and_during_the_writing_of_a_model(saved, tmp_path, monkeypatch):
+    def write(name):
+        with pytest.raises(UserError) as caught:
+            models.seed_checkpoint(student(from_="t"), {"t": saved}.get, tmp_path / name, None, 0)
+        assert not list(tmp_path.glob(f"{name}*")) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def fail(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+        assert "No space left" in write("during")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "a model needs" in write("before")

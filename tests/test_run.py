@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,18 @@ def test_a_snapshot_of_another_teacher_or_with_a_flipped_bit_is_refused(place, w
     refused = run(place, "spoilt")
     assert refused.returncode == 1 and str(file.relative_to(place)) in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_when_a_rank_is_killed_the_other_ends_with_a_line(place):
+    command = [sys.executable, "-m", "distill.cli", "run", "small.yaml", "student.train.stop.steps=5000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([*command, "--ranks", "2", "--out", "left"], cwd=place, env=environment, **pipes)
+    until = time.monotonic() + 60
+    while not list(place.glob("left/student/snapshots/step-*[0-9]")) and time.monotonic() < until:
+        time.sleep(0.05)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    said = started.communicate(timeout=30)[1]
+    assert started.returncode == 137 and "error: rank 1 was ended by SIGKILL" in said
+    assert "Traceback" not in said and "Warning" not in said

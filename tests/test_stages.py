@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -220,13 +221,6 @@ def test_seeds_fan_training_out_and_evaluation_sees_them_all(runs):
     assert runs("seeds=3", "seed=5") == ["student@7", "second@7", "twin@7", "report", "table"]
 
 
-def test_a_missing_model_of_a_finished_stage_says_how_to_make_it(runs):
-    runs()
-    (runs.out / "student" / "model").rename(runs.out / "gone")
-    with pytest.raises(UserError, match="--from student"):
-        runs("second.train.lr=0.2")
-
-
 # What is refused
 
 
@@ -294,3 +288,11 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_anything_is_trained
         runs("stages.report.evaluate.on=[kl]")
     assert not (runs.out / "student").exists()
     assert runs() == ALL
+
+
+def test_a_finished_stage_whose_model_was_removed_makes_it_again_and_nothing_else(runs, capsys):
+    runs()
+    shutil.rmtree(runs.out / "student" / "model")
+    assert runs() == ["student", "table"]
+    assert (runs.out / "student" / "kept").exists() and "its model is gone" in capsys.readouterr().err
+    assert runs.manifest("student")["state"] == "done"

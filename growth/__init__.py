@@ -5,8 +5,10 @@ from growth.cut import cut
 from growth.depth import insert, stack
 from growth.inspect import inspect
 from growth.merge import merge
+from growth.moments import moments
 from growth.operate import Output
 from growth.plan import plan
+from growth.undo import undo
 from growth.upcycle import upcycle
 from growth.verify import verify
 from growth.vocabulary import vocabulary
@@ -19,9 +21,11 @@ __all__ = [
     "insert",
     "inspect",
     "merge",
+    "moments",
     "open",
     "plan",
     "stack",
+    "undo",
     "upcycle",
     "verify",
     "vocabulary",

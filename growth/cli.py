@@ -52,16 +52,16 @@ def inspect(src: str) -> None:
         ("stored", f"{size(found.nbytes)} in {found.files} file{'s' * (found.files > 1)}, {kinds}"),
         *(("tied", f"{head} = {source}") for head, source in found.tied.items()),
         *(("dropped", name) for name in found.buffers),
-        *_story(found.lineage),
+        *(fact for story in found.history for fact in _story(story)),
     ]
     table(["fact", "value"], facts, title=str(found.path))
 
 
 def _story(lineage: dict) -> list[tuple[str, str]]:
-    if not lineage:
-        return []
     sources = ", ".join(source["path"] for source in lineage["sources"])
-    return [("made by", f"{lineage['operator']} of {sources}"), ("preserves", lineage["preserves"])]
+    new = [f"{axis} {part}" for axis, part in lineage.get("new", {}).items() if part]
+    facts = [("made by", f"{lineage['operator']} of {sources}"), ("  preserves", lineage["preserves"])]
+    return facts + ([("  new", ", ".join(new))] if new else [])
 
 
 @main.command()
@@ -69,12 +69,13 @@ def _story(lineage: dict) -> list[tuple[str, str]]:
 @click.argument("dst", required=False)
 @click.option("--factor", default=2, show_default=True, help="How many times as deep.")
 @click.option("--order", default="stack", show_default=True, help="stack, interleave, or layers such as 0-23,8-31.")
+@click.option("--how", default="copy", show_default=True, help="What new layers hold: copy, zero or random.")
 @writing
-def stack(src, dst, factor, order, output):
-    """Repeat the whole depth of SRC into DST, or beside SRC as <name>-x2. The function changes."""
+def stack(src, dst, output, **asked):
+    """Repeat the whole depth of SRC into DST, or beside SRC as <name>-x2. Copies change the function."""
     from growth.depth import stack
 
-    return stack(src, dst, factor=factor, order=order, output=output)
+    return stack(src, dst, **asked, output=output)
 
 
 @main.command()
@@ -99,11 +100,17 @@ def insert(src, dst, layers, after, output):
 @click.option("--kv-heads", help="Key-value heads.")
 @click.option("--ffn", help="Neurons of the feed-forward part.")
 @click.option("--vocab", help="Tokens, the first ones.")
+@click.option("--undo", is_flag=True, help="Keep what SRC was grown from.")
 @writing
-def cut(src, dst, output, **asked):
+def cut(src, dst, output, undo, **asked):
     """Keep a part of SRC: of anything a number (the largest weights stay) or a list such as 0,1,5."""
     from growth.cut import cut
+    from growth.undo import undo as undone
 
+    if undo and any(part is not None for part in asked.values()):
+        raise UsageError("--undo says all: nothing else can be asked for with it")
+    if undo:
+        return undone(src, dst, output=output)
     return cut(src, dst, **{name: part if part is None else some(part) for name, part in asked.items()}, output=output)
 
 
@@ -171,6 +178,17 @@ def vocabulary(src, dst, output, **asked):
     from growth.vocabulary import vocabulary
 
     return vocabulary(src, dst, **asked, output=output)
+
+
+@main.command()
+@click.argument("snapshot")
+@click.argument("grown")
+@click.argument("dst")
+def moments(snapshot: str, grown: str, dst: str) -> None:
+    """Make the optimizer state SNAPSHOT of a source one of the checkpoint GROWN from it."""
+    from growth.moments import moments
+
+    say(f"{moments(snapshot, grown, dst)}: masters, both moments and learning rates of {grown}")
 
 
 @main.command()

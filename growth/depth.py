@@ -14,6 +14,7 @@ from growth.maps import Layers
 from growth.operate import PLAIN, Output, Result, delivered, in_memory, opened, seen
 from growth.reindex import reindex
 
+HOW = ("copy", "zero", "random")
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -60,25 +61,33 @@ def stack(
     *,
     factor: int = 2,
     order: str | Sequence[int] = "stack",
+    how: str = "copy",
     output: Output = PLAIN,
 ) -> Any:
-    """A deeper checkpoint: `stack` (0 1 0 1), `interleave` (0 0 1 1), or any order of layers. The function changes.
+    """A deeper checkpoint: `stack` (0 1 0 1), `interleave` (0 0 1 1), or any order of layers.
 
+    `how` fills the new layers: `copy`, with which the function changes; `zero`, copies that add nothing yet, with which
+    it stays; `random`, as a new model starts. These are the operators of the G_stack paper in depth, LiGO aside.
     Without `dst` it is written beside the source as `<name>-x2`. A model in memory gives a model.
     """
     if dst is None and not in_memory(src):
         src = Path(src).resolve()
         dst = src.with_name(f"{src.name}-x{factor}")
-    if factor < 1:
-        raise UsageError(f"factor {factor}: at least 1")
+    if factor < 1 or how not in HOW:
+        raise UsageError(f"factor {factor}: at least 1" if factor < 1 else f"how {how!r}: one of {', '.join(HOW)}")
+    if how == "zero":
+        _refuse_post_norm(src)
 
     def layers(n: int) -> Layers:
         ways = {"stack": stacked, "interleave": interleaved}
         if isinstance(order, str) and order in ways:
-            return Layers.of(ways[order](n, factor))
-        return Layers.of(parse_order(order, n) if isinstance(order, str) else checked(order, n))
+            places = ways[order](n, factor)
+        else:
+            places = parse_order(order, n) if isinstance(order, str) else checked(order, n)
+        new = Layers.of(places).new
+        return Layers.of(places, silent=new if how == "zero" else (), random=new if how == "random" else ())
 
-    arguments = {"factor": factor, "order": order if isinstance(order, str) else list(order)}
+    arguments = {"factor": factor, "order": order if isinstance(order, str) else list(order), "how": how}
     return transform("stack", arguments, src, dst, layers, output)
 
 
@@ -96,12 +105,7 @@ def insert(
     """
     if (layers is None) == (after is None) or (layers is not None and layers < 1):
         raise UsageError("say either how many layers to insert (at least 1) or after which ones")
-    family = families.of(seen(src).config)
-    if family.norms == "post":
-        raise UserError(
-            f"{family.name} norms behind every residual sum, so no inserted block can be the identity;"
-            " `growth stack --order` copies layers instead (the function changes)"
-        )
+    _refuse_post_norm(src)
 
     def with_identities(n: int) -> Layers:
         behind = sorted(checked(after, n) if after is not None else evenly(n, layers))
@@ -114,6 +118,15 @@ def insert(
 
     arguments = {"layers": layers, "after": None if after is None else list(after)}
     return transform("insert", arguments, src, dst, with_identities, output)
+
+
+def _refuse_post_norm(src: Any) -> None:
+    family = families.of(seen(src).config)
+    if family.norms == "post":
+        raise UserError(
+            f"{family.name} norms behind every residual sum, so no inserted block can be the identity;"
+            " `growth stack --order` copies layers instead (the function changes)"
+        )
 
 
 def transform(
@@ -144,4 +157,4 @@ def depth_facts(anatomy: Anatomy, maps: Mapping[str, Layers]) -> dict[str, Any]:
 
 def _keeps(layers: Layers, n: int) -> bool:
     loud = [old for i, old in enumerate(layers.main) if i not in layers.silent]
-    return layers.order is not None and loud == list(range(n))
+    return layers.order is not None and not layers.random and loud == list(range(n))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ class Summary:
     lineage: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def history(self) -> list[dict[str, Any]]:
+        """How it came to be, the last step first, as far as the sources are still there."""
+        return list(_history(self.path))
+
+    @property
     def parameters(self) -> int:
         return sum(self.parts.values())
 
@@ -54,6 +60,15 @@ def inspect(path: str | Path) -> Summary:
         nbytes=checkpoint.nbytes,
         lineage=read_json(story) if story.exists() else {},
     )
+
+
+def _history(path: Path) -> Iterator[dict[str, Any]]:
+    seen: set[Path] = set()
+    while path not in seen and (path / LINEAGE).is_file():
+        seen.add(path)
+        story = read_json(path / LINEAGE)
+        yield story
+        path = Path(story["sources"][0]["path"])
 
 
 def _parts(anatomy: Anatomy, checkpoint) -> dict[str, int]:

@@ -16,11 +16,12 @@ class Layers:
 
     sources: tuple[Mix, ...]
     silent: frozenset[int] = frozenset()  # new places that start as the identity: their residual writers are zero
+    random: frozenset[int] = frozenset()  # new places that start as a fresh model does
 
     @classmethod
-    def of(cls, order: Sequence[int], silent: Iterable[int] = ()) -> Layers:
+    def of(cls, order: Sequence[int], silent: Iterable[int] = (), random: Iterable[int] = ()) -> Layers:
         """Plain copies: new layer i is old layer order[i]."""
-        return cls(tuple(((old, 1.0),) for old in order), frozenset(silent))
+        return cls(tuple(((old, 1.0),) for old in order), frozenset(silent), frozenset(random))
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -28,10 +29,9 @@ class Layers:
     def then(self, later: Layers) -> Layers:
         """This map first, `later` applied to its result."""
         mixes = [_merge([(w * v, old) for new, w in mix for old, v in self.sources[new]]) for mix in later.sources]
-        return Layers(tuple(mixes), later.silent | {i for i, mix in enumerate(later.sources) if self._silences(mix)})
-
-    def _silences(self, mix: Mix) -> bool:
-        return all(new in self.silent for new, _ in mix)
+        silent = {i for i, mix in enumerate(later.sources) if all(new in self.silent for new, _ in mix)}
+        random = {i for i, mix in enumerate(later.sources) if any(new in self.random for new, _ in mix)}
+        return Layers(tuple(mixes), later.silent | silent, later.random | random)
 
     @property
     def main(self) -> list[int]:
@@ -47,7 +47,8 @@ class Layers:
     def new(self) -> list[int]:
         """Places that hold nothing for the first time: a copy of what stands below already, or the identity."""
         main = self.main
-        return [i for i, old in enumerate(main) if i in self.silent or old in _loud(main, i, self.silent)]
+        made = self.silent | self.random
+        return [i for i, old in enumerate(main) if i in made or old in _loud(main, i, made)]
 
 
 def _loud(main: list[int], end: int, silent: frozenset[int]) -> set[int]:

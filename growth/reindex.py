@@ -17,6 +17,7 @@ from growth.checkpoint import Checkpoint
 from growth.errors import UserError
 from growth.families.table import Slot
 from growth.maps import Layers, Mix
+from growth.ranges import torch_dtype
 from growth.take import Axes
 from growth.writer import Computed, Entry, Fill, Piece
 
@@ -69,7 +70,9 @@ def _stream(checkpoint: Checkpoint, anatomy: Anatomy, config: Mapping[str, Any],
         if not terms and slot.row.not_everywhere:
             terms = [(name, 1.0) for key, name in sources.items() if key[:2] == slot.key[:2]][:1]
             yield from ((slot.name, _neutral(checkpoint[name], anatomy, slot)) for name, _ in terms)
-        elif terms and slot.row.name in writers and _silent(slot, maps):
+        elif terms and _among(slot, maps, "random"):
+            yield slot.name, _fresh(checkpoint[terms[0][0]], anatomy, slot)
+        elif terms and slot.row.name in writers and _among(slot, maps, "silent"):
             yield slot.name, _zero(checkpoint[terms[0][0]], anatomy)
         elif terms:
             yield slot.name, _piece(checkpoint, terms)
@@ -85,8 +88,17 @@ def _origins(slot: Slot, maps: Mapping[str, Layers]) -> list[tuple[tuple, float]
     ]
 
 
-def _silent(slot: Slot, maps: Mapping[str, Layers]) -> bool:
-    return any(axis in maps and i in maps[axis].silent for axis, i in slot.at)
+def _among(slot: Slot, maps: Mapping[str, Layers], kind: str) -> bool:
+    return any(axis in maps and i in getattr(maps[axis], kind) for axis, i in slot.at)
+
+
+def _fresh(like: Entry, anatomy: Anatomy, slot: Slot) -> Piece:
+    """As a new model starts: matrices normal, norms without effect, biases zero."""
+    if slot.part == ".bias" or len(slot.dims) < 2:
+        return _neutral(like, anatomy, slot)
+    deviation = anatomy.config.get("initializer_range", 0.02)
+    return Computed(like.dtype, like.shape, lambda: (drawn(like.shape, slot.name, 0, None) * deviation).to(
+        torch_dtype(like.dtype)))  # fmt: skip
 
 
 def _zero(like: Entry, anatomy: Anatomy) -> Fill:

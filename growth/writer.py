@@ -17,12 +17,12 @@ from typing import Any
 
 from growth.console import bar
 from growth.errors import UserError
-from growth.files import committed, digest, ensure_space, fault, write_json
+from growth.files import committed, digest, ensure_space, fault, write_json, write_text
 from growth.ranges import BYTES, Entry, blocks, dtype_name, inside, torch_dtype
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
-LINEAGE = "growth.json"
+LINEAGE, CARD = "growth.json", "README.md"
 CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
@@ -104,6 +104,7 @@ def write(
             write_json(directory / LINEAGE, {"version": 1, **lineage, "versions": versions()})
         if carry:
             _carry(Path(carry), directory)
+            _carry_card(Path(carry), directory, lineage or {})
         fault("write.before_commit")
     return dst
 
@@ -154,12 +155,23 @@ def _carry(source: Path, directory: Path) -> None:
             shutil.copyfile(inside(source, name), directory / name)
 
 
+def _carry_card(source: Path, directory: Path, story: Mapping[str, Any]) -> None:
+    """The source's model card, and at its end what has been done since."""
+    if not os.path.lexists(source / CARD) or "preserves" not in story:
+        return
+    text = inside(source, CARD).read_text(encoding="utf-8", errors="replace").rstrip()
+    kept = {"exact": "computes the same", "approximate": "computes nearly the same"}
+    does = kept.get(story["preserves"], "does not compute the same")
+    done = f"`growth {story['operator']}` made these weights of the model described above; the result {does}."
+    write_text(directory / CARD, f"{text}\n\n## Changed since\n\n{done} See `{LINEAGE}`.\n")
+
+
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Any]], limit: int) -> None:
     shards: list[dict[str, int]] = []
     with bar(None, f"writing {directory.name.partition('.tmp-')[0]}") as advance:
         for number, shard in enumerate(_shards(tensors, limit)):
             ensure_space(directory, sum(_facts(piece)[2] for _, piece in shard), f"shard {number + 1}")
-            shards.append(_write_shard(directory / f"{number}.part", shard))
+            shards.append(write_file(directory / f"{number}.part", shard))
             fault("write.after_shard")
             advance(len(shard), f"shard {number + 1}")
     _name_shards(directory, shards)
@@ -199,7 +211,7 @@ def _facts(piece: Any) -> tuple[str, tuple[int, ...], int]:
     return dtype, tuple(piece.shape), piece.numel() * BYTES[dtype]
 
 
-def _write_shard(path: Path, shard: list[tuple[str, Any]]) -> dict[str, int]:
+def write_file(path: Path, shard: list[tuple[str, Any]]) -> dict[str, int]:
     """One safetensors file, to the byte as its own library would write it: widest types first, then by name."""
     shard = sorted(shard, key=lambda item: (ORDER.index(_facts(item[1])[0]), item[0]))
     header, at = {"__metadata__": {"format": "pt"}}, 0

@@ -91,7 +91,7 @@ def open(path: Path, part: str = TRAIN) -> Corpus:
     path = Path(path)
     manifest = read_manifest(path)
     if part not in manifest["sides"]:
-        raise UserError(f"{path}: the corpus has no {part} part, only {', '.join(manifest['sides'])}")
+        raise UserError(f"{path}: the corpus has no {part} part, only {', '.join(manifest['sides'])}; set `heldout`")
     for name, about in manifest["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != about["size"]:
             raise UserError(f"{path / name} is missing or not as long as it was; prepare the corpus again")

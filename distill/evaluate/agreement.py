@@ -65,6 +65,7 @@ class Divergence:
         _need_teacher("kl", bench)
         if bench.teacher.head is None:
             raise UserError("kl compares predictions, and the teacher has no language-model head; agreement needs none")
+        _ = bench.heldout  # refuses a corpus of which nothing is held out
 
     def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]:
         for subject in subjects:

@@ -33,12 +33,17 @@ class Bench:
         self.path, self.teacher = Path(path), teacher
 
     @cached_property
+    def seen(self):
+        """What training reads; there is always some."""
+        return corpus.open(self.path, "train")
+
+    @cached_property
     def heldout(self):
         return corpus.open(self.path, "heldout")
 
     @cached_property
     def vocabulary(self) -> str:
-        return tokens.digest(self.heldout.tokenizer)
+        return tokens.digest(self.seen.tokenizer)
 
     @cached_property
     def heldout_texts(self) -> list[str]:
@@ -48,7 +53,7 @@ class Bench:
     @cached_property
     def documents(self) -> list[tuple[str, str]]:
         """(text, part) of the whole corpus: no row has ever seen the parts."""
-        return [*corpus.open(self.path, "train").documents(DOCUMENTS), *self.heldout.documents(DOCUMENTS)]
+        return [*self.seen.documents(DOCUMENTS), *self.heldout.documents(DOCUMENTS)]
 
 
 class Subject:
@@ -81,7 +86,7 @@ class Subject:
         """Its own, or where it brings none the one that its corpus was made with."""
         if any(self.path.glob("tokenizer*")) or any(self.path.glob("vocab.*")):
             return tokens.load(self.path)
-        return corpus.open(self.corpus_path, "heldout").tokenizer
+        return corpus.open(self.corpus_path, "train").tokenizer
 
     @cached_property
     def vocabulary(self) -> str:
@@ -95,7 +100,7 @@ class Subject:
         """Mean-pooled last hidden states, float32 [N, D]; a text is never encoded twice."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            length = min(LENGTH, corpus.open(self.corpus_path, "heldout").length)
+            length = min(LENGTH, corpus.open(self.corpus_path, "train").length)
             self._embeddings.append(encode(self.load(), self.tokenizer, new, length))
             self._known |= {text: len(self._known) + i for i, text in enumerate(new)}
         return torch.cat(self._embeddings)[[self._known[text] for text in texts]]

@@ -31,7 +31,7 @@ class HeldoutLoss:
         )
 
     def check(self, bench) -> None:
-        pass
+        _positions(bench.heldout)  # refuses a corpus of which nothing is held out
 
     def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]:
         for subject in subjects:

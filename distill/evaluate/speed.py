@@ -52,7 +52,7 @@ class Speed:
             yield Score(self.batch * self._length(bench) / median(seconds[subject.architecture]))
 
     def _length(self, bench) -> int:
-        return min(self.length, bench.heldout.length)
+        return min(self.length, bench.seen.length)
 
     def _pass(self, subject, bench):
         import torch

@@ -63,6 +63,10 @@ class Checkpoint(Mapping[str, Entry]):
     def _maps(self) -> dict[Path, mmap.mmap]:
         return {path: _map(path) for path in self.files}
 
+    def loaded(self, kind: type, **how: Any):
+        """By transformers, as a model of a class."""
+        return kind.from_pretrained(self.path, local_files_only=True, **how)
+
     def check_values(self) -> None:
         """Refuse tensors with NaN or infinity, by name."""
         refuse_not_finite(self)

@@ -123,6 +123,7 @@ def cut(src, dst, output, undo, **asked):
 @click.option("--head-size", type=int, help="Channels of a head.")
 @click.option("--ffn", type=int, help="Neurons of the feed-forward part.")
 @click.option("--vocab", type=int, help="Rows of the embeddings: zeros behind the tokens.")
+@click.option("--vocab-multiple", type=click.IntRange(min=1), help="Or as many as make a multiple, such as 64.")
 @click.option("--how", default="exact", show_default=True, help="exact, fpi, aki, weighted, zero or mean.")
 @click.option("--noise", default=0.01, show_default=True, help="Between copies; the function does not see it.")
 @click.option("--seed", default=0, show_default=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from growth.anatomy import Anatomy, dissect
-from growth.checkpoint import open
 from growth.families.table import Slot
 from growth.files import read_json
+from growth.operate import seen
+from growth.undo import lineage_of
 from growth.writer import LINEAGE
 
 
@@ -20,7 +21,7 @@ from growth.writer import LINEAGE
 class Summary:
     """The figures of `growth inspect`."""
 
-    path: Path
+    path: Path | str
     family: str
     architectures: list[str]
     sizes: dict[str, int]
@@ -35,18 +36,17 @@ class Summary:
     @property
     def history(self) -> list[dict[str, Any]]:
         """How it came to be, the last step first, as far as the sources are still there."""
-        return list(_history(self.path))
+        return list(_history(self.lineage))
 
     @property
     def parameters(self) -> int:
         return sum(self.parts.values())
 
 
-def inspect(path: str | Path) -> Summary:
-    """Family, sizes, parameters per part, tied tensors and lineage of a checkpoint."""
-    checkpoint = open(path)
+def inspect(path: Any) -> Summary:
+    """Family, sizes, parameters per part, tied tensors and lineage of a checkpoint, or of a model."""
+    checkpoint = seen(path)
     anatomy = dissect(checkpoint)
-    story = checkpoint.path / LINEAGE
     return Summary(
         path=checkpoint.path,
         family=anatomy.family.name,
@@ -58,17 +58,18 @@ def inspect(path: str | Path) -> Summary:
         buffers=sorted(anatomy.buffers),
         files=len(checkpoint.files),
         nbytes=checkpoint.nbytes,
-        lineage=read_json(story) if story.exists() else {},
+        lineage=lineage_of(checkpoint),
     )
 
 
-def _history(path: Path) -> Iterator[dict[str, Any]]:
-    seen: set[Path] = set()
-    while path not in seen and (path / LINEAGE).is_file():
-        seen.add(path)
-        story = read_json(path / LINEAGE)
+def _history(story: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    told: set[str] = set()
+    while story:
         yield story
-        path = Path(story["sources"][0]["path"])
+        source = story["sources"][0]["path"]
+        there = source not in told and (Path(source) / LINEAGE).is_file()
+        told.add(source)
+        story = read_json(Path(source) / LINEAGE) if there else {}
 
 
 def _parts(anatomy: Anatomy, checkpoint) -> dict[str, int]:

@@ -47,6 +47,10 @@ class Memory(Mapping[str, Computed]):
     def tensor(self, name: str):
         return self._tensors[name]
 
+    def loaded(self, kind: type, **how: Any):
+        """Once more, with other settings."""
+        return built(kind, self.config, dict(self), **how)
+
     def check_values(self) -> None:
         refuse_not_finite(self)
 
@@ -55,13 +59,13 @@ class Memory(Mapping[str, Computed]):
 
     def rebuilt(self, config: Mapping[str, Any], pieces: Iterable[tuple[str, Piece]], kind: type | None = None):
         """Another model, of the same class unless told; it shares no memory with this one."""
-        model = built(kind or type(self.model), config, dict(pieces), self.model.dtype)
+        model = built(kind or type(self.model), config, dict(pieces), dtype=self.model.dtype)
         model.config._experts_implementation = self.model.config._experts_implementation
         return model.to(self.model.device).train(self.model.training)
 
 
-def built(kind: type, config: Mapping[str, Any], pieces: Mapping[str, Piece], dtype, **how: Any):
+def built(kind: type, config: Mapping[str, Any], pieces: Mapping[str, Piece], **how: Any):
     """The model of these tensors, loaded as transformers loads a file."""
     state = {name: made(piece).clone() for name, piece in pieces.items()}
     config = kind.config_class.from_dict(dict(config))
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **how)
+    return kind.from_pretrained(None, config=config, state_dict=state, **how)

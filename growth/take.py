@@ -103,12 +103,9 @@ class Widening(Axes):
 
     def factor(self, slot: Slot) -> float:
         """By how much the values of a tensor are scaled: its learning rate should be, too."""
-        import torch
-
-        one = torch.ones([self.size(dim, 1) for dim in slot.dims], dtype=torch.float64)
-        whole = self.along(one, slot, lambda part, dim, d, key: part.index_select(dim, _index(self.maps[key]))
-                           * self._along(part, slot, dim, d, key))  # fmt: skip
-        return float(whole[whole != 0].mean())
+        met = [(d, key) for d, dim in enumerate(slot.dims) for key in self.parts(dim) if key in self.maps]
+        factors = [[factor for factor in self._factors(slot, d, key) if factor] for d, key in met]
+        return math.prod(sum(each) / len(each) for each in factors)
 
     def _offset(self, slot: Slot) -> float:
         return 1.0 if slot.row.is_norm and self.family.gain == "1+w" else 0.0

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from growth.anatomy import Anatomy, dissect
-from growth.checkpoint import open
 from growth.errors import UsageError, UserError
-from growth.files import read_json
-from growth.writer import LINEAGE
+from growth.operate import seen
+from growth.undo import lineage_of
 
 ATTENTION = "growth_float64"
 ROUNDINGS = 64  # of the stored type that an exact result may be off by, relative to its largest output
@@ -48,22 +46,22 @@ class Verdict:
         return self.exact or self.promised != "exact"
 
 
-def verify(a: str | Path, b: str | Path, *, rows: int = 2, length: int = 64, seed: int = 0, dtype: str = "float64"):
-    """Compare two checkpoints on seeded random tokens; `dtype` float64, or float32 as users run it."""
+def verify(a: Any, b: Any, *, rows: int = 2, length: int = 64, seed: int = 0, dtype: str = "float64"):
+    """Compare two checkpoints, or models, on seeded random tokens; `dtype` float64, or float32 as users run it."""
     import torch
 
-    first, second = open(a), open(b)
+    first, second = seen(a), seen(b)
     anatomies = dissect(first), dissect(second)
     tokens = _tokens(anatomies, rows, length, seed)
     if dtype not in ("float64", "float32", "bfloat16"):
         raise UsageError(f"dtype {dtype!r}: float64, float32 or bfloat16")
     kind = getattr(torch, dtype)
-    one, two = (_outputs(c.path, anatomy, tokens, kind) for c, anatomy in zip((first, second), anatomies, strict=True))
+    one, two = (_outputs(c, anatomy, tokens, kind) for c, anatomy in zip((first, second), anatomies, strict=True))
     gaps = [(two[name][..., : one[name].shape[-1]] - one[name]).abs() for name in one if name in two]
     if not gaps:
         raise UserError(f"{a} and {b} have no output in common")
     return Verdict(
-        promised=_promise(second.path),
+        promised=lineage_of(second).get("preserves", "unknown"),
         max_abs=max(float(gap.max()) for gap in gaps),
         mean_abs=sum(float(gap.sum()) for gap in gaps) / sum(gap.numel() for gap in gaps),
         largest=max(float(value.abs().max()) for value in one.values()),
@@ -71,11 +69,6 @@ def verify(a: str | Path, b: str | Path, *, rows: int = 2, length: int = 64, see
         tokens=tokens.numel(),
         allowed=max(FLOAT64, ROUNDINGS * max(_epsilon(c, kind) for c in (first, second))),
     )
-
-
-def _promise(path: Path) -> str:
-    story = path / LINEAGE
-    return read_json(story)["preserves"] if story.exists() else "unknown"
 
 
 def _epsilon(checkpoint, kind) -> float:
@@ -96,18 +89,18 @@ def _tokens(anatomies: tuple[Anatomy, Anatomy], rows: int, length: int, seed: in
     return torch.randint(min(4, vocab - 1), vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _outputs(path: Path, anatomy: Anatomy, tokens, dtype) -> dict[str, Any]:
+def _outputs(checkpoint, anatomy: Anatomy, tokens, dtype) -> dict[str, Any]:
     """Every output of the model that its config names, by name."""
     import torch
 
-    model = load(path, anatomy, dtype)
+    model = load(checkpoint, anatomy, dtype)
     extra = {"decoder_input_ids": tokens.flip(0)} if anatomy.config.get("is_encoder_decoder") else {}
     with torch.no_grad():
         seen = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **extra)
     return {name: seen[name].double() for name in OUTPUTS if seen.get(name) is not None}
 
 
-def load(path: Path, anatomy: Anatomy, dtype):
+def load(checkpoint, anatomy: Anatomy, dtype):
     """The model by transformers, computing in one type throughout; a tensor missing from the files is an error."""
     import torch
     import transformers
@@ -116,12 +109,11 @@ def load(path: Path, anatomy: Anatomy, dtype):
     name = next(iter(anatomy.config.get("architectures") or []), "AutoModel")
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise UserError(f"{path}: transformers has no class {name}")
-    model, report = kind.from_pretrained(
-        path, output_loading_info=True, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
-    )
+        raise UserError(f"{checkpoint.path}: transformers has no class {name}")
+    how = {"output_loading_info": True, "dtype": dtype, "attn_implementation": ATTENTION}
+    model, report = checkpoint.loaded(kind, **how)
     if report["missing_keys"]:
-        raise UserError(f"{path} lacks {sorted(report['missing_keys'])[0]} of {name}")
+        raise UserError(f"{checkpoint.path} lacks {sorted(report['missing_keys'])[0]} of {name}")
     model.config._experts_implementation = "eager"
     if dtype == torch.float64:
         _plain_norms(model, anatomy)

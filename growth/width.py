@@ -28,6 +28,7 @@ def widen(
     ffn: int | None = None,
     head_size: int | None = None,
     vocab: int | None = None,
+    vocab_multiple: int | None = None,
     how: str = "exact",
     noise: float = 0.01,
     seed: int = 0,
@@ -39,12 +40,14 @@ def widen(
     norms), and refuses where none keeps the function; `weighted`, `zero` and `mean` ask for one of them; `fpi` samples
     copies and `aki` also takes the new units from the layer above (Chen et al. 2022, arXiv 2110.07143): both leave the
     function where the width is no multiple. `noise` tells copies apart without changing the function. Heads grow by
-    channels that start silent, the vocabulary by rows of zeros behind its own.
+    channels that start silent, the vocabulary by rows of zeros behind its own, to `vocab` or up to a multiple.
     """
     if how not in HOW:
         raise UsageError(f"how {how!r}: one of {', '.join(HOW)}")
     checkpoint = opened(src, dst, output)
     anatomy = dissect(checkpoint)
+    if vocab_multiple and vocab is None:
+        vocab = -(-anatomy.sizes["vocab"] // vocab_multiple) * vocab_multiple
     asked = dict(hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, head_size=head_size, vocab=vocab)
     widening, preserves = planned(anatomy, asked, how, noise, seed)
     config = anatomy.family.resized(anatomy.config, new_sizes(widening))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from test_width import EXACT, FUSED, POST, RMS, gap, source  # noqa: F401  (a fixture)
-from tiny_families import CONFIGS, LANGUAGE_MODELS, load, logits
+from tiny_families import CONFIGS, load, logits
 
 import growth
 from growth.cli import main
@@ -20,10 +20,6 @@ def same(a, b):
     """Whether two checkpoints hold the same bytes under the same names."""
     a, b = growth.open(a), growth.open(b)
     return set(a) == set(b) and all(torch.equal(a.tensor(name), b.tensor(name)) for name in a)
-
-
-def model_of(path):
-    return load(path, json.loads((path / "config.json").read_text())["architectures"][0], torch.float64)
 
 
 # in memory
@@ -55,6 +51,18 @@ def test_a_grown_model_shares_no_memory_with_its_source_and_keeps_its_ways(sourc
     assert torch.equal(logits(model), before)
     assert made.training and made.dtype == torch.float64
     assert all(p.requires_grad for p in made.parameters())
+
+
+def test_models_in_memory_are_verified_and_described_as_directories_are(source):  # noqa: F811
+    model = load(source("mixtral"), dtype=torch.float64)
+    wide, deep = growth.widen(model, hidden=72, noise=0.3), growth.stack(model)
+    found = growth.verify(model, wide)
+    assert found.promised == "exact" and found.max_abs <= EXACT * found.largest and found.kept
+    found = growth.verify(model, deep)
+    assert found.promised == "no" and found.max_abs > 0.1
+    said = growth.inspect(wide)
+    assert said.sizes["embed"] == 72 and said.history[0]["operator"] == "widen"
+    assert said.parameters == sum(p.numel() for p in wide.parameters())
 
 
 def test_a_model_wants_no_path_and_a_path_wants_one(source, tmp_path):  # noqa: F811
@@ -100,6 +108,7 @@ def test_old_channels_in_front_break_rotary_heads(source, tmp_path):  # noqa: F8
 def test_a_padded_vocabulary_says_the_same_of_every_old_token(source, tmp_path, kind):  # noqa: F811
     path = growth.widen(source(kind), tmp_path / "x", vocab=64)
     assert gap(source(kind), path) <= EXACT and growth.inspect(path).sizes["vocab"] == 64
+    assert same(path, growth.widen(source(kind), tmp_path / "same", vocab_multiple=32))
     assert same(source(kind), growth.cut(path, tmp_path / "back", vocab=53))
 
 
@@ -220,4 +229,3 @@ def test_the_command_takes_numbers_and_lists(source, tmp_path):  # noqa: F811
     assert done.exit_code == 0, done.output
     assert same(tmp_path / "x", growth.cut(source("llama"), tmp_path / "y", [0, 3], ffn=20, heads=3))
     assert transformers.AutoConfig.from_pretrained(tmp_path / "x").num_attention_heads == 3
-    assert LANGUAGE_MODELS["llama"] == "LlamaForCausalLM"

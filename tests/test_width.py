@@ -55,7 +55,8 @@ TOKENS = torch.randint(4, 53, (2, 16), generator=torch.Generator().manual_seed(0
 
 @cache
 def outputs(path):
-    return _outputs(path, dissect(growth.open(path)), TOKENS, torch.float64)
+    checkpoint = growth.open(path)
+    return _outputs(checkpoint, dissect(checkpoint), TOKENS, torch.float64)
 
 
 def gap(src, path):

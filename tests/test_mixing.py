@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from test_width import EXACT, gap, source  # noqa: F401  (a fixture)
 from tiny_families import CONFIGS, load, logits, save
 
 import growth
 from growth.anatomy import dissect
+from growth.cli import main
 from growth.errors import UsageError, UserError
 
 
@@ -192,3 +194,24 @@ def test_vocabularies_that_cannot_be_are_refused(source, tmp_path):  # noqa: F81
         growth.vocabulary(source("gpt2"), tmp_path / "x", vectors={"old": torch.zeros(9, 4), "new": torch.zeros(9, 4)})
     with pytest.raises(UsageError, match="either size"):
         growth.vocabulary(source("gpt2"), tmp_path / "x")
+
+
+def test_the_commands_do_what_the_functions_do(two, tmp_path):
+    a, b, base = two("llama")
+    task = {"how": "task", "base": base, "weights": [0.5, 0.25], "lines": 0.1}
+    for words, made in (
+        (["merge", a, b, "--weights", "0.3,0.7"], lambda d: growth.merge([a, b], d, weights=[0.3, 0.7])),
+        (["merge", a, b, "--how", "task", "--base", base, "--weights", "0.5,0.25", "--lines", "0.1"],
+         lambda d: growth.merge([a, b], d, **task)),
+        (["upcycle", a, "--experts", "3", "--top", "1"], lambda d: growth.upcycle(a, d, experts=3, top=1)),
+        (["vocabulary", a, "--size", "60", "--how", "normal"],
+         lambda d: growth.vocabulary(a, d, size=60, how="normal")),
+        (["stack", a, "--how", "random"], lambda d: growth.stack(a, d, how="random")),
+        (["widen", a, "--vocab-multiple", "64", "--head-size", "20"],
+         lambda d: growth.widen(a, d, vocab=64, head_size=20)),
+    ):  # fmt: skip
+        name = f"{words[0]}-{len(words)}"
+        paths = [*words[1 : 1 + (2 if words[0] == "merge" else 1)], tmp_path / name]
+        done = CliRunner().invoke(main, [str(w) for w in (words[0], *paths, *words[len(paths) :])])
+        assert done.exit_code == 0, done.output
+        assert close(tmp_path / name, made(tmp_path / f"{name}-f"), 0)

@@ -1,4 +1,4 @@
-"""Models in motion: teachers, students, objectives, runs. `import distill` costs nothing; torch comes with first use."""
+"""Models in motion: teachers, students, objectives, runs. Importing it costs nothing; torch comes with first use."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def seed_checkpoint(
     source, scratch = resolve_ref(student.cut.from_), Path(dst).with_name(f"{Path(dst).name}.cut")
     reading.open(source).check_values()  # here, where a mistake has the name that the user knows
     try:
-        cut = growth.cut(source, scratch, layers=student.cut.layers, overwrite=True)
+        cut = growth.cut(source, scratch, layers=student.cut.layers, output=growth.Output(overwrite=True))
         return _continue(cut, dst, head, seed)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -21,7 +21,7 @@ from distill.recipe import NO_INPUT
 from distill.schedules import Progress
 from growth import console
 from growth.errors import UserError
-from growth.files import digest, fault, write_text
+from growth.files import digest, ensure_space, fault, write_text
 
 
 class Terminated(SystemExit):
@@ -119,11 +119,16 @@ class Stage:
         """(steps done, tokens seen): of the latest snapshot, or of a fresh start from the seed checkpoint."""
         found = snapshot.latest(self.directory / "snapshots")
         if found is None:
-            world.first(lambda: write_text(self.log, ""))
+            world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes())))
             return 0, 0
         manifest = snapshot.restore(found, engine, self.belongs())
         world.first(lambda: _forget_after(self.log, manifest["step"]))
         return manifest["step"], manifest["cursor"]["tokens"]
+
+    def _begin(self, needed: int) -> None:
+        """An empty log; and no training whose state could not be kept."""
+        ensure_space(self.directory, needed, "a snapshot")
+        write_text(self.log, "")
 
     def _save(self, engine: Engine, step: int, tokens: int) -> None:
         cursor = {"position": step * self.spec.optim.batch, "tokens": tokens}

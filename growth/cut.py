@@ -41,14 +41,12 @@ def cut(
     ffn: Chosen | None = None,
     vocab: Chosen | None = None,
     output: Output = PLAIN,
-    overwrite: bool = False,
 ) -> Any:
     """A smaller checkpoint, or a smaller model where the source is one.
 
     A number keeps so many: layers evenly spaced, tokens from the first, all else by the norm of its weights, every
     layer its own heads and neurons. A list names what is kept.
     """
-    output = replace(output, overwrite=output.overwrite or overwrite)
     units = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocab": vocab}
     asked = {name: _plain(name, chosen) for name, chosen in {"layers": layers, **units}.items() if chosen is not None}
     if not asked:

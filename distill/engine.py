@@ -1,6 +1,6 @@
 """A module under DeepSpeed ZeRO: one step forward, and its whole training state by name.
 
-The only file that imports deepspeed. Names that DeepSpeed keeps private are used in `_states` and `_link` alone;
+The only file that imports deepspeed. Its private names are used in the part on "the whole training state" alone;
 tests/test_engine.py fails first when a release moves them (checked with 0.19.8).
 """
 

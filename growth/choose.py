@@ -66,6 +66,8 @@ def _listed(units: Sequence[int], n: int, axis: str) -> tuple[int, ...]:
 
 
 def _largest(score, n: int) -> tuple[int, ...]:
+    if score.is_meta:  # only planned: any units will do
+        return tuple(range(n))
     return tuple(sorted(score.topk(n).indices.tolist()))
 
 

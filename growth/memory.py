@@ -28,7 +28,13 @@ class Memory(Mapping[str, Computed]):
         from transformers.core_model_loading import revert_weight_conversion
 
         tensors = revert_weight_conversion(self.model, self.model.state_dict())
-        return {name: tensors[name].detach().cpu() for name in tensors if name not in self.model.all_tied_weights_keys}
+        kept = {name: tensors[name].detach() for name in tensors if name not in self.model.all_tied_weights_keys}
+        return kept if self._planned else {name: tensor.cpu() for name, tensor in kept.items()}
+
+    @property
+    def _planned(self) -> bool:
+        """On the meta device: names, types and shapes without values, from which another such model can be planned."""
+        return self.model.device.type == "meta"
 
     def __getitem__(self, name: str) -> Computed:
         tensor = self._tensors[name]
@@ -59,6 +65,8 @@ class Memory(Mapping[str, Computed]):
 
     def rebuilt(self, config: Mapping[str, Any], pieces: Iterable[tuple[str, Piece]], kind: type | None = None):
         """Another model, of the same class unless told; it shares no memory with this one."""
+        if self._planned:
+            return planned(kind or type(self.model), config)
         model = built(kind or type(self.model), config, dict(pieces), dtype=self.model.dtype)
         model.config._experts_implementation = self.model.config._experts_implementation
         return model.to(self.model.device).train(self.model.training)
@@ -69,3 +77,11 @@ def built(kind: type, config: Mapping[str, Any], pieces: Mapping[str, Piece], **
     state = {name: made(piece).clone() for name, piece in pieces.items()}
     config = kind.config_class.from_dict(dict(config))
     return kind.from_pretrained(None, config=config, state_dict=state, **how)
+
+
+def planned(kind: type, config: Mapping[str, Any]):
+    """The model of a config without storage."""
+    import torch
+
+    with torch.device("meta"):
+        return kind(kind.config_class.from_dict(dict(config)))

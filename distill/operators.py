@@ -1,0 +1,261 @@
+"""Operators of growth as pieces of a recipe: frozen values whose fields are the keys of the growth functions. No torch.
+
+One more operator is one class and one line in `OPERATORS`. Applied to a checkpoint directory it writes another one;
+applied to a model on the meta device it gives what that would be, from which a run is planned.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+import growth
+from distill.schedules import Several, Value
+from growth import depth, width
+from growth.errors import UsageError, UserError
+from growth.files import read_json, write_json
+from growth.merge import HOW as WAYS_TO_MERGE
+from growth.operate import PLAIN
+from growth.vocabulary import HOW as NEW_ROWS
+from growth.writer import LINEAGE
+
+Positive = Annotated[int, Field(gt=0)]
+Chosen = Positive | Annotated[Several[int], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0)] | None
+AFRESH = "of what is drawn; null: that of the run"
+KEEPS = ("exact", "approximate", "no")  # from the best to the worst
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an operator may ask for beside its source."""
+
+    seed: int  # of the run
+    model: Callable[[str], Any]  # what a reference means: a directory, or a model on the meta device
+    corpus: Callable[[], Path] | None = None  # the directory of the prepared text, where the recipe names one
+
+
+class Operator(Value):
+    """A function of `growth` with its arguments."""
+
+    function: ClassVar[Callable]
+
+    def apply(self, src: Any, dst: Path | None, given: Given, output: growth.Output = PLAIN) -> Any:
+        """From directory to directory; of a model in memory (`dst` is None) another model."""
+        return type(self).function(src, dst, **self.arguments(given), output=output)
+
+    def plan(self, model: Any, given: Given) -> Any:
+        """The same of a model without storage; an operator that reads values says here what comes of it."""
+        return self.apply(model, None, given)
+
+    def arguments(self, given: Given) -> dict[str, Any]:
+        """Under the function's own names."""
+        asked = {name: getattr(self, name) for name in type(self).model_fields}
+        return {**asked, "seed": given.seed} if asked.get("seed", 0) is None else asked
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs a corpus."""
+        return False
+
+
+def _some_of(*names: str, once: bool = False) -> Any:
+    """A check that one of the optional keys is given, or exactly one."""
+
+    def check(self):
+        given = [name for name in names if getattr(self, name) is not None]
+        if not given or (once and len(given) > 1):
+            found = " and ".join(given) or "none"
+            raise ValueError(f"{'exactly' if once else 'at least'} one of {', '.join(names)} is needed, found {found}")
+        return self
+
+    return model_validator(mode="after")(check)
+
+
+class Stack(Operator):
+    """The whole depth, repeated."""
+
+    function = staticmethod(growth.stack)
+    factor: Positive = Field(2, description="how many times as deep")
+    order: str | Several[int] = Field("stack", description="stack, interleave, or layers such as 0-23,8-31")
+    how: Literal[depth.HOW] = Field("copy", description="what new layers hold")
+
+
+class Insert(Operator):
+    """Blocks that start as the identity."""
+
+    function = staticmethod(growth.insert)
+    layers: Positive | None = Field(None, description="how many blocks, evenly spread")
+    after: Several[int] | None = Field(None, description="behind these layers instead")
+    check = _some_of("layers", "after", once=True)
+
+
+class Widen(Operator):
+    """More channels, heads, neurons or rows of the embeddings."""
+
+    function = staticmethod(growth.widen)
+    hidden: Positive | None = Field(None, description="channels of the residual stream")
+    heads: Positive | None = Field(None, description="query heads")
+    kv_heads: Positive | None = Field(None, description="key-value heads")
+    ffn: Positive | None = Field(None, description="neurons of the feed-forward part")
+    head_size: Positive | None = Field(None, description="channels of a head")
+    vocab: Positive | None = Field(None, description="rows of the embeddings: zeros behind the tokens")
+    vocab_multiple: Positive | None = Field(None, description="or as many as make a multiple")
+    how: Literal[width.HOW] = Field("exact", description="what new channels hold")
+    noise: Annotated[float, Field(ge=0)] = Field(0.01, description="between copies; the function does not see it")
+    seed: Seed = Field(None, description=AFRESH)
+    check = _some_of("hidden", "heads", "kv_heads", "ffn", "head_size", "vocab", "vocab_multiple")
+
+
+class Cut(Operator):
+    """A part of the model: a number keeps so many of a thing, a list names them."""
+
+    function = staticmethod(growth.cut)
+    layers: Chosen | None = Field(None, description="evenly spaced with the last one, or which")
+    hidden: Chosen | None = Field(None, description="channels of the residual stream")
+    heads: Chosen | None = Field(None, description="query heads")
+    kv_heads: Chosen | None = Field(None, description="key-value heads")
+    ffn: Chosen | None = Field(None, description="neurons of the feed-forward part")
+    vocab: Chosen | None = Field(None, description="tokens, the first ones")
+    check = _some_of("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")
+
+
+class Upcycle(Operator):
+    """A mixture of experts that computes the same."""
+
+    function = staticmethod(growth.upcycle)
+    experts: Positive = 8
+    top: Positive = Field(2, description="experts for every token")
+    noise: Annotated[float, Field(ge=0)] = Field(0.0, description="between experts; the function sees it")
+    seed: Seed = Field(None, description=AFRESH)
+
+
+class Vocabulary(Operator):
+    """New tokens behind the old ones."""
+
+    function = staticmethod(growth.vocabulary)
+    size: Positive = Field(description="tokens")
+    how: Literal[NEW_ROWS] = Field("mean", description="what the rows of new tokens hold")
+    seed: Seed = Field(None, description=AFRESH)
+
+
+class Merge(Operator):
+    """One model of this one and others of the same shape."""
+
+    with_: Annotated[Several[str], Field(min_length=1)] | None = Field(None, alias="with", description="the others")
+    how: Literal[WAYS_TO_MERGE] = Field("linear", description="what is done with them")
+    weights: Several[float] | None = Field(None, description="one for each, this one first; null: equal ones")
+    base: str | None = Field(None, description="what all were trained from, for task vectors")
+    lines: float | None = Field(None, description="factor of task vectors in the first layer, rising to 1 in the last")
+    check = _some_of("with_", "base")
+
+    def apply(self, src: Any, dst: Path | None, given: Given, output: growth.Output = PLAIN) -> Any:
+        sources = [src, *map(given.model, self.with_ or ())]
+        base = None if self.base is None else given.model(self.base)
+        asked = dict(how=self.how, weights=self.weights, base=base, lines=self.lines)
+        return growth.merge(sources, dst, **asked, output=output)
+
+
+OPERATORS: dict[str, type[Operator]] = {
+    "stack": Stack,
+    "insert": Insert,
+    "widen": Widen,
+    "cut": Cut,
+    "upcycle": Upcycle,
+    "merge": Merge,
+    "vocabulary": Vocabulary,
+}
+
+
+def _stands_alone(kind: type[Operator]) -> bool:
+    try:
+        return bool(kind())
+    except ValidationError:
+        return False
+
+
+BARE = tuple(name for name, kind in OPERATORS.items() if _stands_alone(kind))  # a name says all
+
+
+# Several in a row
+
+
+def apply(ops: Sequence[tuple[str, Operator]], src: Path, dst: Path, given: Given) -> Path:
+    """Each on what the one before it made; what lies between is removed, and `dst` is there when it is whole."""
+    scratch = Path(dst).with_name(f"{Path(dst).name}.growing")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    try:
+        path, stories = Path(src), []
+        for number, (name, op) in enumerate(ops, start=1):
+            path, before = op.apply(path, scratch / f"{number}-{name}", given), path
+            stories.append(read_json(path / LINEAGE))
+            if before != Path(src):
+                shutil.rmtree(before)
+        write_json(path / LINEAGE, told(stories))
+        path.rename(dst)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Path(dst)
+
+
+def plan(ops: Iterable[tuple[str, Operator]], model: Any, given: Given) -> Any:
+    """What `apply` would make of a model on the meta device; what cannot be is refused by the operator's name."""
+    stories = []
+    for name, op in ops:
+        try:
+            model = op.plan(model, given)
+        except UserError as error:
+            raise type(error)(f"{name}: {error}") from error
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of transformers, building it
+            raise UsageError(f"{name}: no such model can be built: {' '.join(str(error).split())[:300]}") from error
+        stories.append(model.growth)
+    model.growth = told(stories)
+    return model
+
+
+def told(stories: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The lineage of several steps as one: from the first source, with what is new since then."""
+    if len(stories) == 1:
+        return stories[0]
+    return {
+        **stories[-1],
+        "operator": "grow",
+        "arguments": {"ops": [{story["operator"]: story["arguments"]} for story in stories]},
+        "sources": stories[0]["sources"],
+        "maps": {},
+        "new": _new(stories),
+        "preserves": max((story["preserves"] for story in stories), key=KEEPS.index),
+        "steps": [
+            {key: story[key] for key in ("operator", "arguments", "maps", "new", "preserves")} for story in stories
+        ],
+    }
+
+
+def _new(stories: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By axis: the places that hold something new since the first source, or the sizes before and after."""
+    new: dict[str, Any] = {}
+    for story in stories:
+        new = {axis: _moved(places, story["maps"].get(axis)) for axis, places in new.items()}
+        new |= {axis: _joined(new.get(axis), here) for axis, here in story["new"].items()}
+    return new
+
+
+def _moved(places: Any, order: Any) -> Any:
+    """New places where a later map has put them; a merged one follows its largest part."""
+    if not isinstance(places, list) or not isinstance(order, list):
+        return places
+    main = [max(old, key=lambda term: abs(term[1]))[0] if isinstance(old, list) else old for old in order]
+    return [i for i, old in enumerate(main) if old in places]
+
+
+def _joined(before: Any, here: Any) -> Any:
+    if isinstance(before, list) and isinstance(here, list):
+        return sorted({*before, *here})
+    if isinstance(before, dict) and isinstance(here, dict):
+        return {**here, "from": before["from"]}
+    return here

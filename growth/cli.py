@@ -197,10 +197,13 @@ def moments(snapshot: str, grown: str, dst: str) -> None:
 @click.argument("b")
 @click.option("--dtype", default="float64", show_default=True, help="float32 is what users will run.")
 @click.option("--seed", default=0, show_default=True, help="Of the tokens.")
-def verify(a: str, b: str, dtype: str, seed: int) -> None:
+@click.option("--text", help="Also on real text, a UTF-8 file: the loss of A and of B (without a head: their vectors).")
+def verify(a: str, b: str, dtype: str, seed: int, text: str | None) -> None:
     """Compare what A and B compute, and B's promise with it. Exit code 1 when a promise is broken."""
-    from growth.verify import verify
+    from growth.verify import quiet, verify
 
+    quiet()
+    read = [] if text is None else _read(a, b, text)
     found = verify(a, b, dtype=dtype, seed=seed)
     facts = [
         ("largest difference", f"{found.max_abs:.3g}"),
@@ -209,10 +212,26 @@ def verify(a: str, b: str, dtype: str, seed: int) -> None:
         ("computed in", f"{found.dtype} on {found.tokens} random tokens"),
         ("equal up to rounding", "yes" if found.exact else "no"),
         ("promised", found.promised),
+        *read,
     ]
     table(["fact", "value"], facts)
     if not found.kept:
         raise UserError(f"{b} promises to compute what {a} does, and does not")
+
+
+def _read(a: str, b: str, text: str) -> list[tuple[str, str]]:
+    from growth.reading import Likeness, on_text
+
+    read = on_text(a, b, text)
+    if isinstance(read, Likeness):
+        return [
+            ("text", f"{text}, {read.passages} passages, as means of hidden states in float32"),
+            ("cosine of A's and B's", f"{read.cosine:.6f} on average, {read.least:.6f} at least"),
+            ("between passages", f"cosines change by {read.moved:.2g} on average, {read.most:.2g} at most"),
+        ]
+    said = [f"{loss.nats:.6f} nats a token, perplexity {loss.perplexity:.5g}" for loss in read]
+    counts = " and ".join(dict.fromkeys(f"{loss.tokens:,} {loss.kind} tokens" for loss in read))
+    return [("text", f"{text}, {counts}, in float32"), ("loss of A", said[0]), ("loss of B", said[1])]
 
 
 @main.command()

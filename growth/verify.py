@@ -85,8 +85,13 @@ def _tokens(anatomies: tuple[Anatomy, Anatomy], rows: int, length: int, seed: in
     import torch
 
     vocab = min(anatomy.sizes["vocab"] for anatomy in anatomies)
-    length = min([length, *(anatomy.sizes.get("pos", length + 2) - 2 for anatomy in anatomies)])  # RoBERTa's start at 2
+    length = min(longest(anatomy, length) for anatomy in anatomies)
     return torch.randint(min(4, vocab - 1), vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def longest(anatomy: Anatomy, length: int) -> int:
+    """At most so many tokens, if the table of positions has them (RoBERTa's start at 2)."""
+    return min(length, anatomy.sizes.get("pos", length + 2) - 2)
 
 
 def _outputs(checkpoint, anatomy: Anatomy, tokens, dtype) -> dict[str, Any]:
@@ -119,6 +124,13 @@ def load(checkpoint, anatomy: Anatomy, dtype):
         _plain_norms(model, anatomy)
         _plain_routers(model, anatomy)
     return model.eval()
+
+
+def quiet() -> None:
+    """No bars of transformers between the lines of a command."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _register_attention() -> None:

@@ -98,12 +98,11 @@ def _line_of(errors: list[dict], path: Path, document: Document) -> int | None:
 def _place(error: dict, value: Any) -> Path:
     """Where in the file: pydantic's location without the names of union members."""
     path: list[str | int] = []
-    for part in error["loc"]:
+    unknown = error["type"] == "extra_forbidden"  # whose last part is no place
+    for part in error["loc"][:-1] if unknown else error["loc"]:
         if _has(value, part):
             path.append(part)
             value = value[part]
-    if error["type"] == "extra_forbidden":
-        return tuple(path[:-1])
     return tuple(path)
 
 

@@ -31,7 +31,7 @@ class Text:
 
 def of_training(stage: Stage, planned, models: dict) -> Iterator[str]:
     """Every reason why these {who: facts} cannot read the corpus of a training stage."""
-    text = Text(stage.train.data, planned)
+    text = Text(stage.train.corpus, planned)
     for who, facts in models.items():
         yield from too_long(text, who, facts)
         if facts.vocab < text.vocabulary:

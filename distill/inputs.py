@@ -23,6 +23,8 @@ def inputs_of(task: Task) -> dict[str, Any]:
     inputs = dict(_flat({key: value for key, value in spec.items() if key not in NO_INPUT}))
     if task.stage.kind == "train":
         inputs["seed"] = task.contexts[0].seed
+        if task.spec.stop.like:
+            inputs["equal"] = task.contexts[0].recipe.equal
     for kind, name in sorted({(k, n) for _, k, n in references({"stages": [{task.stage.kind: spec}]})}):
         for context in task.contexts:
             inputs.update(_made_from(kind, name, context))
@@ -32,7 +34,7 @@ def inputs_of(task: Task) -> dict[str, Any]:
 def _made_from(kind: str, name: str, context: Context) -> dict[str, str]:
     if kind == "corpus":
         return {f"corpora.{name}": read_json(context.corpus(name) / "manifest.json")["digest"]}
-    if kind != "source":
+    if kind not in ("source", "trained"):
         return {}
     if name in context.recipe.models:
         return {f"models.{name}": _identity(name, context)}

@@ -47,6 +47,9 @@ class Facts:
     causal: bool
     positions: int | None  # tokens that a row may have; None where positions are computed, without a table
     parameters: int  # of the class that config.json names; tied ones count once
+    blocks: tuple[int, ...]  # parameters of each block
+    body: int  # parameters of the base model without the table of tokens, which is only looked up
+    head: int  # parameters that a language-model head multiplies with, a tied table too; 0 where there is none
 
 
 def facts(source) -> Facts:
@@ -57,6 +60,7 @@ def facts(source) -> Facts:
     config = source if isinstance(source, transformers.PreTrainedConfig) else loading.configuration(source)
     base = loading.skeleton(loading.class_of(config, None), config, {})
     whole = loading.architecture(config)
+    body, head = _multiplied(config, base)
     with torch.no_grad(), taps.tap(base, [(role, -1) for role in taps.ROLES]) as seen:
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
         base(ids, attention_mask=torch.zeros(1, 1, 2, 2, device="meta"))  # a 4-D mask is taken as it is, not read
@@ -70,8 +74,26 @@ def facts(source) -> Facts:
         vocab=config.vocab_size,
         causal=loading.causal(config),
         positions=layout.longest(config),
-        parameters=sum(p.numel() for p in (loading.skeleton(whole, config, {}) if whole else base).parameters()),
+        parameters=_size(loading.skeleton(whole, config, {}) if whole else base),
+        blocks=tuple(_size(block) for block in taps.blocks(base)),
+        body=body,
+        head=head,
     )
+
+
+def _multiplied(config, base: nn.Module) -> tuple[int, int]:
+    """(parameters of the body without the table of tokens, of the head with it where they share it)."""
+    kinds = loading.headed(type(config))
+    if not kinds:
+        return _size(base) - base.get_input_embeddings().weight.numel(), 0
+    model = loading.skeleton(next(iter(kinds.values())), config, {})
+    body, table = model.base_model, model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is table
+    return _size(body) - table.numel(), _size(model) - _size(body) + (table.numel() if tied else 0)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def seed_checkpoint(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,9 @@ from pydantic import AfterValidator, Field, ValidationError, create_model, model
 
 from distill import mistakes, references, strict_yaml
 from distill.evaluate import METRICS
+from distill.hooks import HOOKS, Hook
 from distill.objectives import OBJECTIVES
+from distill.operators import BARE, OPERATORS, Operator
 from distill.overrides import apply
 from distill.schedules import Pair, Schedule, Several, Value
 from growth.errors import UsageError, did_you_mean
@@ -61,6 +63,18 @@ class OneOf(Value):
 
     def _given(self) -> list[str]:
         return [key for key, name in self._choices().items() if getattr(self, name) is not None]
+
+
+class _Named(OneOf):
+    """One value by name: an objective, a hook, an operator."""
+
+    def named(self) -> tuple[str, Value]:
+        (name,) = self._given()
+        return name, getattr(self, name)
+
+
+def _one_of(name: str, table: dict[str, type[Value]]) -> type[_Named]:
+    return create_model(name, __base__=_Named, **{key: (kind | None, None) for key, kind in table.items()})
 
 
 class EngineSpec(Value):
@@ -130,10 +144,45 @@ class CutSpec(Value):
     )
 
 
+Op = _one_of("Op", OPERATORS)
+
+
+def _in_full(op: str | Op) -> Op:
+    return Op(**{op: OPERATORS[op]()}) if isinstance(op, str) else op
+
+
+class GrowthSpec(Value):
+    """A model or stage through operators of `growth`."""
+
+    from_: str = Field(alias="from", description="a model or stage")
+    ops: Annotated[Several[Annotated[Literal[BARE] | Op, AfterValidator(_in_full)]], Field(min_length=1)] = Field(
+        description="operators, one after the other: {name: {argument: value}}, or a name where none is needed"
+    )
+
+    def operators(self) -> list[tuple[str, Operator]]:
+        """(name, operator) in the order of the recipe."""
+        return [op.named() for op in self.ops]
+
+
+class GrowSpec(GrowthSpec):
+    data: str | None = Field(None, description="a corpus, for operators that read text")
+
+    @property
+    def corpus(self) -> str | None:
+        return self.data
+
+
 class StudentSpec(OneOf):
     new: NewSpec | None = Field(None, description="random weights: {config: ...} or {like: ...}")
     from_: str | None = Field(None, alias="from", description="a model or stage, as it is")
     cut: CutSpec | None = Field(None, description="some layers of a model or stage")
+    grow: GrowthSpec | None = Field(None, description="a model or stage through operators of growth")
+
+    @property
+    def origin(self) -> str | None:
+        """Whose weights it starts with; an architecture alone is no origin."""
+        made = self.cut or self.grow
+        return made.from_ if made else self.from_
 
 
 class TargetSpec(Value):
@@ -155,30 +204,34 @@ class StopSpec(OneOf):
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     tokens: Positive | None = None
+    like: str | None = Field(
+        None, description="a train stage: as much, in the recipe's `equal`, as it and those it was made from"
+    )
 
 
-class _Loss(OneOf):
-    """One objective by name."""
-
-    def named(self) -> tuple[str, Value]:
-        (name,) = self._given()
-        return name, getattr(self, name)
-
-
-Loss = create_model("Loss", __base__=_Loss, **{name: (kind | None, None) for name, kind in OBJECTIVES.items()})
+Loss, HookSpec = _one_of("Loss", OBJECTIVES), _one_of("HookSpec", HOOKS)
 
 
 NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
 
 
+class Continued(Value):
+    """Rows that an earlier stage has not seen."""
+
+    from_: str = Field(alias="from", description="a corpus")
+    after: str = Field(description="a train stage on that corpus: the stream goes on where it stopped")
+
+
 class TrainSpec(Value):
-    student: StudentSpec = Field(description="exactly one of new, from, cut")
-    data: str = Field(description="a corpus")
+    student: StudentSpec = Field(description="exactly one of new, from, cut, grow")
+    data: str | Continued = Field(description="a corpus, or {from: corpus, after: stage}")
     targets: dict[Name, TargetSpec] = Field({}, description="teachers by the names that losses use")
     loss: Annotated[Several[Loss], Field(min_length=1)] = Field(description="objectives, added up")
     optim: OptimSpec
     lr: Schedule = Field(description="learning rate")
-    stop: StopSpec = Field(description="exactly one of steps, epochs, tokens")
+    stop: StopSpec = Field(description="exactly one of steps, epochs, tokens, like")
+    hooks: Several[HookSpec] = Field((), description="what changes during training")
+    evaluate_every: Positive | None = Field(None, description="steps between held-out losses of `ce`; null: none")
     save_every: Positive = Field(100, description="steps between snapshots")
     keep: Positive = Field(1, description="snapshots to keep")
     dropout: bool = Field(False, description="train the student with the dropout of its config")
@@ -186,6 +239,23 @@ class TrainSpec(Value):
     def objectives(self) -> list[tuple[str, Value]]:
         """(name, objective) in the order of the recipe."""
         return [loss.named() for loss in self.loss]
+
+    def hook_values(self) -> list[Hook]:
+        return [hook.named()[1] for hook in self.hooks]
+
+    @property
+    def corpus(self) -> str:
+        """Its name."""
+        return self.data if isinstance(self.data, str) else self.data.from_
+
+    @model_validator(mode="after")
+    def _check_hooks(self) -> TrainSpec:
+        names = [hook.named()[0] for hook in self.hooks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"hooks: {twice} stands twice")
+        if self.evaluate_every and not any(name == "ce" for name, _ in self.objectives()):
+            raise ValueError("evaluate_every is the held-out loss of `ce`, which is not among the losses")
+        return self
 
 
 class EvaluateSpec(Value):
@@ -196,22 +266,32 @@ class EvaluateSpec(Value):
     data: str | None = Field(None, description="a corpus; null: the one of the first train stage")
     teacher: str | None = Field(None, description="whom agreement is with; null: the row named teacher")
 
+    @property
+    def corpus(self) -> str | None:
+        return self.data
+
 
 class Stage(OneOf):
     id: Name
     train: TrainSpec | None = None
+    grow: GrowSpec | None = None
     evaluate: EvaluateSpec | None = None
 
     @property
-    def kind(self) -> Literal["train", "evaluate"]:
+    def kind(self) -> Literal["train", "grow", "evaluate"]:
         return self._given()[0]
+
+    @property
+    def origin(self) -> str | None:
+        """The model or stage whose weights this stage starts from."""
+        return self.grow.from_ if self.grow else self.train.student.origin if self.train else None
 
 
 class Recipe(Value):
     recipe: Name = Field(description="its name, and that of the run directory")
     about: str = Field("", description="one line for `distill list` and the model card")
     seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Positive = Field(1, description="repeat every training stage with this many seeds, counted from `seed`")
+    seeds: Positive = Field(1, description="repeat every stage that makes a model with this many seeds, counted from `seed`")
     equal: Literal["steps", "tokens", "flops", "seconds"] = Field(
         "steps", description="what a twin without the method gets"
     )
@@ -222,6 +302,15 @@ class Recipe(Value):
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.id == name)
+
+    def made_from(self, reference: str | None) -> Iterator[Stage]:
+        """The train stages whose work is in these weights, the last one first; `stage.start` is without its own."""
+        while reference and reference not in self.models:
+            name, _, start = reference.partition(".")
+            stage = self.stage(name)
+            if stage.train and not start:
+                yield stage
+            reference = stage.origin
 
 
 # Reading and writing
@@ -247,7 +336,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def _with_data(recipe: Recipe) -> Recipe:
     """An evaluation without a corpus takes that of the first training stage."""
-    first = next((stage.train.data for stage in recipe.stages if stage.train), None)
+    first = next((stage.train.corpus for stage in recipe.stages if stage.train), None)
     return recipe.model_copy(update={"stages": tuple(_filled(stage, first) for stage in recipe.stages)})
 
 

@@ -13,15 +13,32 @@ REFERENCES = {
     "stages.*.train.student.from": "source",
     "stages.*.train.student.cut.from": "source",
     "stages.*.train.student.new.like": "source",
+    "stages.*.train.student.grow.from": "source",
+    "stages.*.train.student.grow.ops.*.merge.with.*": "source",
+    "stages.*.train.student.grow.ops.*.merge.base": "source",
     "stages.*.train.data": "corpus",
+    "stages.*.train.data.from": "corpus",
+    "stages.*.train.data.after": "trained",
+    "stages.*.train.stop.like": "trained",
     "stages.*.train.targets.*.from": "source",
     "stages.*.train.loss.*.*.target": "target",
+    "stages.*.grow.from": "source",
+    "stages.*.grow.ops.*.merge.with.*": "source",
+    "stages.*.grow.ops.*.merge.base": "source",
+    "stages.*.grow.data": "corpus",
     "stages.*.evaluate.rows.*": "source",
     "stages.*.evaluate.data": "corpus",
     "stages.*.evaluate.teacher": "source",
 }
+MAKE_MODELS = {"train", "grow"}  # kinds of stages whose result is a model
 RESERVED = {"corpora"}  # directories of a run that no stage may have
-SAID = {"model": "model", "source": "model or earlier stage", "corpus": "corpus", "target": "target"}
+SAID = {
+    "model": "model",
+    "source": "model or earlier stage",
+    "corpus": "corpus",
+    "target": "target",
+    "trained": "earlier train stage",
+}
 
 
 def references(recipe: Any) -> Iterator[tuple[Path, str, str]]:
@@ -50,7 +67,7 @@ def wrong(recipe: Any) -> list[Mistake]:
         for path, kind, name in references(recipe)
         if (what := _unknown(recipe, stages, path, kind, name))
     ]
-    return [*found, *_ids(recipe, stages), *_without_data(stages)]
+    return [*found, *_ids(recipe, stages), *_without_data(stages), *_after(stages), *_like(recipe, stages)]
 
 
 def _without_data(stages: list[dict]) -> Iterator[Mistake]:
@@ -60,13 +77,38 @@ def _without_data(stages: list[dict]) -> Iterator[Mistake]:
             yield Mistake(("stages", i, "evaluate"), "'data' is needed where no stage trains")
 
 
+def _after(stages: list[dict]) -> Iterator[Mistake]:
+    """A stream goes on only where it is the same one."""
+    for i, stage in enumerate(stages):
+        data = _dict(_dict(stage, "train"), "data")
+        earlier = next((s for s in stages[:i] if s.get("id") == data.get("after")), None)
+        other = _corpus(earlier) if earlier and "train" in earlier else None
+        if other is not None and other != data.get("from"):
+            what = f"stage {earlier['id']!r} trains on corpus {other!r}, not on {data.get('from')!r}"
+            yield Mistake(("stages", i, "train", "data", "after"), what)
+
+
+def _corpus(stage: dict) -> Any:
+    data = _dict(stage, "train").get("data")
+    return data.get("from") if isinstance(data, dict) else data
+
+
+def _like(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:
+    for i, stage in enumerate(stages):
+        if "like" in _dict(_dict(stage, "train"), "stop") and recipe.get("equal") == "seconds":
+            what = "seconds differ from run to run, so no number of steps follows; set equal: steps, tokens or flops"
+            yield Mistake(("stages", i, "train", "stop", "like"), what)
+
+
 def _unknown(recipe: dict, stages: list[dict], path: Path, kind: str, name: str) -> str | None:
     known = _known(recipe, stages, path, kind)
     if name in known:
         return None
     stage = next((s for s in stages if s.get("id") == name.removesuffix(".start")), None) if kind == "source" else None
-    if stage is not None and "train" not in stage:
+    if stage is not None and not MAKE_MODELS & stage.keys():
         return f"stage {stage['id']!r} trains nothing, so it is no model"
+    if stage is not None and name != stage["id"] and "train" not in stage:
+        return f"stage {stage['id']!r} does not train, so it has no start; what it makes is {stage['id']!r}"
     if stage is not None:
         return f"stage {stage['id']!r} is not finished before this one; a stage uses earlier ones"
     return f"no {SAID[kind]} {name!r}{did_you_mean(name, known) or '; known: ' + (', '.join(known) or 'none')}"
@@ -81,7 +123,10 @@ def _known(recipe: dict, stages: list[dict], path: Path, kind: str) -> list[str]
     if kind == "target":
         return list(_dict(stages[path[1]].get("train"), "targets"))
     trained = [str(s.get("id")) for s in stages[: path[1]] if "train" in s]
-    return list(dict.fromkeys([*models, *(name for stage in trained for name in (stage, f"{stage}.start"))]))
+    if kind == "trained":
+        return trained
+    made = [str(s.get("id")) for s in stages[: path[1]] if MAKE_MODELS & s.keys()]
+    return list(dict.fromkeys([*models, *made, *(f"{stage}.start" for stage in trained)]))
 
 
 def _ids(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:

@@ -132,7 +132,7 @@ def _models(recipe: Recipe, context: Context) -> dict[str, Path]:
 
 def _foresee(task: Task, work: Work) -> None:
     """An evaluation that cannot be made is refused before hours of training."""
-    task.contexts[0].corpus(task.spec.data)
+    task.contexts[0].corpus(task.spec.corpus)
     if task.stage.kind == "evaluate":
         world.first(lambda: None if _is_done(task) else work.foresee(task.spec, task.contexts[0]))
 
@@ -172,7 +172,7 @@ def _manifest(task: Task) -> dict[str, Any] | None:
 
 
 def _do(task: Task, tasks: list[Task], work: Work) -> None:
-    task.contexts[0].corpus(task.spec.data)
+    task.contexts[0].corpus(task.spec.corpus)
     world.first(lambda: _open(task, tasks))
     if _manifest(task)["state"] == DONE:
         return

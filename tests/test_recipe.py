@@ -143,7 +143,7 @@ CHANGES = [
     (
         "stop: {steps: 10}",
         "stop: {steps: 10, tokens: 5}",
-        "exactly one of steps, epochs, tokens is needed, found steps",
+        "exactly one of steps, epochs, tokens, like is needed, found steps",
     ),
     ("stop: {steps: 10}", "stop: {step: 10}", "no key 'step'; did you mean 'steps'?"),
     ("on: [probe, speed]", "on: [prob]", "stages.report.evaluate.on.0: 'prob' is not one of probe"),
@@ -259,7 +259,7 @@ def test_an_override_mends_a_mistake_of_the_file(load):
         ("studen.train.lr=1", "did you mean 'student'?"),
         ("engine.zeroo=2", "command line: engine: no key 'zeroo'; did you mean 'zero'?"),
         ("student.train.lr=5e-4", "command line: stages.student.train.lr: 5e-4 is text"),
-        ("student.train.stop.tokens=5", "exactly one of steps, epochs, tokens is needed, found steps and tokens"),
+        ("student.train.stop.tokens=5", "exactly one of steps, epochs, tokens, like is needed, found steps and tokens"),
         ("stages.9.train.lr=1", "'9' is not one of the 3 places"),
         ("student.train.data.x=1", "stands below a plain value"),
         ("seed=[1", "seed=[1: not YAML"),

@@ -43,8 +43,9 @@ def facts(run: Path, directory: Path, stage: dict, report: dict) -> Facts:
     from distill.report.words import markdown_table, sentences, table
 
     train = stage["train"]
+    corpus = train["data"] if isinstance(train["data"], str) else train["data"]["from"]
     state = directory / "stage.json"
-    manifest = run / "corpora" / train["data"] / "manifest.json"
+    manifest = run / "corpora" / corpus / "manifest.json"
     return Facts(
         name=f"{report['recipe']}-{directory.name}",
         about=report["about"],
@@ -52,8 +53,8 @@ def facts(run: Path, directory: Path, stage: dict, report: dict) -> Facts:
         stage=stage,
         teachers={name: _sources(target["from"], report["models"]) for name, target in train["targets"].items()},
         corpus={
-            "name": train["data"],
-            "source": report["corpora"][train["data"]]["source"],
+            "name": corpus,
+            "source": report["corpora"][corpus]["source"],
             "digest": read_json(manifest).get("digest", "") if manifest.is_file() else "",
         },
         training=(read_json(state).get("metrics") or {}) if state.is_file() else {},

@@ -1,0 +1,58 @@
+"""What training costs, in FLOPs: one formula for forecasts, logs and the stop of a twin. No torch.
+
+6 N D (Kaplan et al. 2020, arXiv 2001.08361): a forward pass multiplies a token with every parameter that takes part
+(2 FLOPs each), the backward pass costs twice that. N leaves out tables that are only looked up, and a head that no
+objective runs; D is every place of every row, padding too. The square of the length is left out. What is frozen is
+counted as if it were not, since gradients pass through most of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distill.hooks import Part
+
+if TYPE_CHECKING:
+    from distill.models import Facts
+    from distill.recipe import Recipe, Stage
+
+
+def working(facts: Facts, head: bool) -> int:
+    """N: parameters that a token is multiplied with."""
+    return facts.body + (facts.head if head else 0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the steps of one training stage."""
+
+    student: Facts
+    head: bool  # whether an objective runs the student's head
+    teachers: Mapping[str, Facts]
+    tokens: int  # places of one step: rows x length
+    parts: tuple[Part, ...] = ()  # what of the student may take part, each as often; (): all of it
+
+    def step(self, part: Part | None = None) -> int:
+        """FLOPs of the student: 2 N forward and 4 N backward, each for what ran."""
+        n = working(self.student, self.head)
+        run = n - sum(self.student.blocks[part.depth :]) if part else n
+        learning = run - sum(self.student.blocks[: part.first]) if part else run
+        return (2 * run + 4 * learning) * self.tokens
+
+    @property
+    def mean(self) -> float:
+        """FLOPs of a step of the student, where parts are drawn: on average."""
+        parts = self.parts or (None,)
+        return sum(self.step(part) for part in parts) / len(parts)
+
+    def teaching(self, targets: Iterable[str]) -> int:
+        """FLOPs of one forward pass of each of these."""
+        return sum(2 * working(self.teachers[name], False) for name in targets) * self.tokens
+
+
+def as_much_as(recipe: Recipe, reference: str, spent: Callable[[Stage], float | None]) -> float | None:
+    """What a stage and the train stages it was made from took; None where one of them is not known."""
+    amounts = [spent(stage) for stage in recipe.made_from(reference)]
+    return None if None in amounts else sum(amounts)

@@ -72,7 +72,7 @@ def make(src: Path, layers: int) -> None:
     import torch
 
     from growth import checkpoint, families
-    from growth.writer import Computed
+    from growth.pieces import Computed
 
     config = {**CONFIG, "num_hidden_layers": layers}
     draw = torch.Generator().manual_seed(0)

@@ -14,7 +14,8 @@ from typing import Any
 from growth.errors import UserError
 from growth.files import digest, read_json
 from growth.ranges import Entry, blocks, header, inside, torch_dtype
-from growth.writer import CONFIG, INDEX, SINGLE, write
+from growth.shards import INDEX, SINGLE
+from growth.writer import CONFIG, write
 
 __all__ = ["Checkpoint", "Entry", "open", "write"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

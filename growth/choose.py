@@ -12,9 +12,10 @@ from typing import Any
 from growth.anatomy import Anatomy
 from growth.errors import UserError
 from growth.families.table import Slot
+from growth.fill import FOLLOWERS
 from growth.maps import Choice, Place
-from growth.take import EMBED, Axes, Key, Selection
-from growth.width import FOLLOWERS, new_sizes, sizes_asked
+from growth.shapes import EMBED, Axes, Key, Selection
+from growth.sizes import new_sizes, sizes_asked
 
 VOCAB, KV, QUERIES = ("vocab",), ("kv",), ("kv", "group")
 AXES = {"embed": "hidden", "ffn": "ffn", "vocab": "vocab", "heads": "heads"}  # grouped heads are two axes

@@ -8,8 +8,8 @@ from typing import Any
 
 from growth.checkpoint import refuse_not_finite
 from growth.files import digest
+from growth.pieces import Computed, Piece, made
 from growth.ranges import dtype_name
-from growth.writer import Computed, Piece, made
 
 
 class Memory(Mapping[str, Computed]):

@@ -12,8 +12,9 @@ from growth.anatomy import Anatomy, dissect
 from growth.errors import UsageError, UserError
 from growth.families.table import Slot
 from growth.operate import PLAIN, Output, Result, delivered, opened, seen
+from growth.pieces import Computed
 from growth.reindex import Stream, widely
-from growth.writer import Computed, guard
+from growth.writer import guard
 
 HOW = ("linear", "task", "slerp")
 

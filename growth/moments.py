@@ -20,11 +20,13 @@ from growth.errors import UserError
 from growth.files import committed, ensure_space, read_json, sha256, write_json
 from growth.maps import Layers
 from growth.operate import Staged
+from growth.pieces import Computed, Fill, Piece
 from growth.ranges import Entry, header, inside
 from growth.reindex import Stream, reindex, widely
+from growth.shards import write_file
 from growth.take import Widening
 from growth.undo import lineage_of, widening_of
-from growth.writer import Computed, Fill, Piece, guard, write_file
+from growth.writer import guard
 
 POWERS = {"master": 0, "exp_avg": 1, "exp_avg_sq": 2}  # of the gradient that a file holds
 STUDENT, MANIFEST, FACTORS = "student.", "manifest.json", "learning_rates.json"

@@ -11,7 +11,8 @@ from typing import Any
 from growth.checkpoint import Checkpoint, open
 from growth.errors import UsageError
 from growth.files import ensure_space
-from growth.writer import Piece, guard, lineage, made, write
+from growth.pieces import Piece, made
+from growth.writer import guard, lineage, write
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Nothing is computed where a map only copies: then a tensor is the byte range of 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +16,10 @@ from growth.checkpoint import Checkpoint
 from growth.errors import UserError
 from growth.families.table import Slot
 from growth.maps import Layers, Mix
-from growth.ranges import torch_dtype
-from growth.take import Axes
-from growth.writer import Computed, Entry, Fill, Piece
+from growth.noise import drawn
+from growth.pieces import Computed, Fill, Piece
+from growth.ranges import Entry, torch_dtype
+from growth.shapes import Axes
 
 Stream = Iterator[tuple[str, Piece]]
 NEVER_PER_LAYER = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens"}
@@ -161,12 +161,3 @@ def widely(change: Callable[[Any], Any], tensor):
     import torch
 
     return change(tensor.to(torch.promote_types(tensor.dtype, torch.float32))).to(tensor.dtype)
-
-
-def drawn(shape: tuple[int, ...], name: str, seed: int, dtype):
-    """Normal numbers, the same for a tensor's name and seed whatever is drawn before."""
-    import torch
-
-    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    draw = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    return torch.randn(shape, generator=draw, dtype=dtype)

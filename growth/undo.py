@@ -16,10 +16,11 @@ from growth.errors import UserError
 from growth.files import read_json
 from growth.maps import Layers
 from growth.operate import PLAIN, Output, Result, delivered, opened
+from growth.pieces import Computed
 from growth.reindex import Stream, reindex, widely
 from growth.take import Widening
 from growth.width import planned
-from growth.writer import LINEAGE, Computed
+from growth.writer import LINEAGE
 
 
 def undo(src: Any, dst: str | Path | None = None, *, output: Output = PLAIN) -> Any:

@@ -16,10 +16,11 @@ from growth import families
 from growth.anatomy import Anatomy, dissect
 from growth.errors import UsageError, UserError
 from growth.families.table import Slot
+from growth.noise import drawn
 from growth.operate import PLAIN, Output, Result, delivered, opened
+from growth.pieces import Computed, Fill, Piece
 from growth.ranges import torch_dtype
-from growth.reindex import Stream, drawn, widely
-from growth.writer import Computed, Fill, Piece
+from growth.reindex import Stream, widely
 
 ROUTER = 0.02  # standard deviation of a fresh router
 

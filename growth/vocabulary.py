@@ -11,9 +11,10 @@ from typing import Any
 from growth.anatomy import Anatomy, dissect
 from growth.errors import UsageError, UserError
 from growth.families.table import Slot
+from growth.noise import drawn
 from growth.operate import PLAIN, Output, Result, delivered, opened
-from growth.reindex import Stream, drawn, widely
-from growth.writer import Computed
+from growth.pieces import Computed
+from growth.reindex import Stream, widely
 
 HOW = ("mean", "normal", "multivariate")
 SPREAD = 1e-5  # of the multivariate normal around the mean, relative to the covariance (Hewitt 2021)
@@ -71,8 +72,8 @@ def vocabulary(
 def _tensors(vectors: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(vectors, Mapping):
         return vectors
+    from growth.pieces import made
     from growth.ranges import header
-    from growth.writer import made
 
     if not Path(vectors).is_file():
         raise UserError(f"{vectors} is not a safetensors file of aligned vectors")

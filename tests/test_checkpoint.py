@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 import growth
 from growth.checkpoint import write
 from growth.errors import UserError
+from growth.pieces import Computed, Fill
 from growth.ranges import BYTES, TORCH, dtype_name, torch_dtype
-from growth.writer import Computed, Fill, bytes_of
+from growth.shards import bytes_of
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 7, "n_positions": 5, "n_embd": 6, "n_head": 2, "n_layer": 1}
 

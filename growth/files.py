@@ -13,7 +13,7 @@ import shutil
 import signal
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,17 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """The whole file or the old file."""
+    write_bytes(path, [text.encode()])
+
+
+def write_bytes(path: str | Path, blocks: Iterable[Any]) -> None:
+    """The whole file or the old file; blocks are bytes or whatever else has a buffer."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            for block in blocks:
+                file.write(block)
             file.flush()
             fault("write.before_fsync")
             os.fsync(file.fileno())

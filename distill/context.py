@@ -9,6 +9,7 @@ from pathlib import Path
 from distill import sources, world
 from distill.recipe import Recipe, Stage
 from growth.errors import UserError
+from growth.files import read_json
 
 MANIFEST = "stage.json"
 
@@ -17,6 +18,12 @@ def _train(*arguments) -> dict:
     from distill.train import train
 
     return train(*arguments)
+
+
+def _grow(*arguments) -> dict:
+    from distill.growing import grow
+
+    return grow(*arguments)
 
 
 def _evaluate(spec, contexts, directory) -> list:
@@ -54,6 +61,7 @@ class Work:
     """What a run calls; tests put their own in place."""
 
     train: Callable = _train
+    grow: Callable = _grow
     evaluate: Callable = _evaluate
     report: Callable = _report
     prepare: Callable = _prepare
@@ -73,7 +81,7 @@ class Context:
     found: dict[str, Path] = field(default_factory=dict)  # models and corpora at hand, shared by all seeds
 
     def directory(self, stage: str) -> Path:
-        fanned = self.recipe.seeds > 1 and self.recipe.stage(stage).kind == "train"
+        fanned = self.recipe.seeds > 1 and self.recipe.stage(stage).makes_a_model
         return self.out / (f"{stage}@{self.seed}" if fanned else stage)
 
     def model(self, reference: str) -> Path:
@@ -85,6 +93,10 @@ class Context:
         if not path.is_dir():
             raise UserError(f"{path} is not there; `--from {stage}` makes it again")
         return path
+
+    def metrics(self, stage: str) -> dict:
+        """What a finished stage has measured."""
+        return read_json(self.directory(stage) / MANIFEST)["metrics"]
 
     def _model(self, name: str) -> Path:
         if name not in self.found:

@@ -47,18 +47,14 @@ def too_long(text: Text, who: str, facts) -> Iterator[str]:
 
 def _learned(stage: Stage) -> Iterator[str]:
     """The models whose weights are used."""
-    student = stage.train.student
     yield from (target.from_ for target in stage.train.targets.values())
-    yield from [student.from_] if student.from_ else [student.cut.from_] if student.cut else []
+    yield from [stage.origin] if stage.origin else []
 
 
 def _origin(reference: str, planned) -> str | None:
     """The model of the recipe from which a stage has its ids; None: from its corpus."""
-    while reference not in planned.recipe.models:
-        student = planned.recipe.stage(reference.partition(".")[0]).train.student
-        if student.new is not None:
-            return None
-        reference = student.from_ or student.cut.from_
+    while reference is not None and reference not in planned.recipe.models:
+        reference = planned.recipe.stage(reference.partition(".")[0]).origin
     return reference
 
 

@@ -21,10 +21,10 @@ def inputs_of(task: Task) -> dict[str, Any]:
     """{dotted key: value} of all that decides what a stage makes: its recipe, seed, models, corpora, earlier stages."""
     spec = task.spec.model_dump(mode="json", by_alias=True)
     inputs = dict(_flat({key: value for key, value in spec.items() if key not in NO_INPUT}))
-    if task.stage.kind == "train":
+    if task.stage.makes_a_model:
         inputs["seed"] = task.contexts[0].seed
-        if task.spec.stop.like:
-            inputs["equal"] = task.contexts[0].recipe.equal
+    if task.stage.kind == "train" and task.spec.stop.like:
+        inputs["equal"] = task.contexts[0].recipe.equal
     for kind, name in sorted({(k, n) for _, k, n in references({"stages": [{task.stage.kind: spec}]})}):
         for context in task.contexts:
             inputs.update(_made_from(kind, name, context))

@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.initialization import no_init_weights
 
-import growth
-from distill import layout, loading, taps
+from distill import growing, layout, loading, taps
 from distill.loading import load
+from distill.operators import Cut, Given
 from distill.sources import resolve, weights_sha256
 from growth import checkpoint as reading
 from growth import files
 from growth.errors import UserError
-from growth.writer import CARRIED
+from growth.writer import CARRIED, LINEAGE
 
 __all__ = ["Facts", "export", "facts", "freeze", "fresh", "load", "resolve", "seed_checkpoint", "weights_sha256"]
 
@@ -97,33 +97,39 @@ def _size(module: nn.Module) -> int:
 
 
 def seed_checkpoint(
-    student, resolve_ref: Callable[[str], Path], dst: Path, head: str | None, seed: int, tokenizer: Path | None = None
+    student, resolve_ref: Callable[[str], Path], dst: Path, head: str | None, seed: int, corpus: Path | None = None
 ) -> Path:
     """The student before its first step, as safetensors: the same for every ZeRO stage and number of ranks.
 
-    One of random weights takes the `tokenizer` of its corpus with it, any other its own.
+    One of random weights takes the tokenizer of its corpus with it, any other its own.
     """
-    if student.new is not None:
+    source = student.origin and resolve_ref(student.origin)
+    if source is None:
+        tokenizer = corpus and corpus / "tokenizer"
         return _save(fresh(_new_config(student.new, resolve_ref), head, seed), dst, carry=tokenizer)
-    if student.cut is None:
-        return _continue(resolve_ref(student.from_), dst, head, seed)
-    source, scratch = resolve_ref(student.cut.from_), Path(dst).with_name(f"{Path(dst).name}.cut")
-    reading.open(source).check_values()  # here, where a mistake has the name that the user knows
+    if student.from_:
+        return _continue(source, dst, head, seed)
+    ops = student.grow.operators() if student.grow else [("cut", Cut(layers=student.cut.layers))]
+    scratch = Path(dst).with_name(f"{Path(dst).name}.grown")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
-        cut = growth.cut(source, scratch, layers=student.cut.layers, output=growth.Output(overwrite=True))
-        return _continue(cut, dst, head, seed)
+        grown = growing.apply(ops, source, scratch, Given(seed, resolve_ref, corpus and (lambda: corpus)))
+        return _continue(grown, dst, head, seed)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def export(start: Path, trained: Mapping[str, torch.Tensor], dst: Path) -> Path:
-    """What was trained, by parameter name; everything else as it was at the start, the tokenizer too."""
+    """What was trained, by parameter name; everything else as it was at the start, the tokenizer too.
+
+    How the start was grown is told still, but what it promised to compute is over.
+    """
     model = load(start, loading.own_head(loading.configuration(start)))
     places = {loading.inside(n, model): p for n, p in model.named_parameters()}
     with torch.no_grad():
         for name, tensor in trained.items():
             places[loading.inside(name, model)].copy_(tensor)
-    return _save(model, dst, carry=start, overwrite=True)
+    return _save(model, dst, carry=start, overwrite=True, story={"preserves": "no"})
 
 
 def _continue(source: Path, dst: Path, head: str | None, seed: int) -> Path:
@@ -165,8 +171,13 @@ def _new_config(new, resolve_ref: Callable[[str], Path]):
     return loading.configuration(files.read_json(path), path)
 
 
-def _save(model: nn.Module, dst: Path, carry: Path | None, overwrite: bool = False) -> Path:
-    """The checkpoint directory, whole or not at all, with the tokenizer's files of `carry`."""
+def _save(
+    model: nn.Module, dst: Path, carry: Path | None, overwrite: bool = False, story: Mapping[str, str] | None = None
+) -> Path:
+    """The checkpoint directory, whole or not at all, with the tokenizer and the lineage of `carry`.
+
+    `story` is what the lineage must say otherwise.
+    """
     files.ensure_space(dst, sum(p.numel() * p.element_size() for p in model.parameters()), "a model")
     with files.committed(dst, overwrite=overwrite) as temporary, loading.quiet():
         try:
@@ -176,4 +187,7 @@ def _save(model: nn.Module, dst: Path, carry: Path | None, overwrite: bool = Fal
         for name in CARRIED if carry else ():
             if (Path(carry) / name).exists():
                 shutil.copyfile(reading.inside(Path(carry), name), temporary / name)
+        if carry and (Path(carry) / LINEAGE).exists():
+            lineage = files.read_json(reading.inside(Path(carry), LINEAGE))
+            files.write_json(temporary / LINEAGE, {**lineage, **(story or {})})
     return Path(dst)

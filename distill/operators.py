@@ -6,8 +6,7 @@ applied to a model on the meta device it gives what that would be, from which a 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,18 +16,14 @@ from pydantic import Field, ValidationError, model_validator
 import growth
 from distill.schedules import Several, Value
 from growth import depth, width
-from growth.errors import UsageError, UserError
-from growth.files import read_json, write_json
 from growth.merge import HOW as WAYS_TO_MERGE
 from growth.operate import PLAIN
 from growth.vocabulary import HOW as NEW_ROWS
-from growth.writer import LINEAGE
 
 Positive = Annotated[int, Field(gt=0)]
 Chosen = Positive | Annotated[Several[int], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0)] | None
 AFRESH = "of what is drawn; null: that of the run"
-KEEPS = ("exact", "approximate", "no")  # from the best to the worst
 
 
 @dataclass(frozen=True)
@@ -180,82 +175,3 @@ def _stands_alone(kind: type[Operator]) -> bool:
 
 
 BARE = tuple(name for name, kind in OPERATORS.items() if _stands_alone(kind))  # a name says all
-
-
-# Several in a row
-
-
-def apply(ops: Sequence[tuple[str, Operator]], src: Path, dst: Path, given: Given) -> Path:
-    """Each on what the one before it made; what lies between is removed, and `dst` is there when it is whole."""
-    scratch = Path(dst).with_name(f"{Path(dst).name}.growing")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    try:
-        path, stories = Path(src), []
-        for number, (name, op) in enumerate(ops, start=1):
-            path, before = op.apply(path, scratch / f"{number}-{name}", given), path
-            stories.append(read_json(path / LINEAGE))
-            if before != Path(src):
-                shutil.rmtree(before)
-        write_json(path / LINEAGE, told(stories))
-        path.rename(dst)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return Path(dst)
-
-
-def plan(ops: Iterable[tuple[str, Operator]], model: Any, given: Given) -> Any:
-    """What `apply` would make of a model on the meta device; what cannot be is refused by the operator's name."""
-    stories = []
-    for name, op in ops:
-        try:
-            model = op.plan(model, given)
-        except UserError as error:
-            raise type(error)(f"{name}: {error}") from error
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of transformers, building it
-            raise UsageError(f"{name}: no such model can be built: {' '.join(str(error).split())[:300]}") from error
-        stories.append(model.growth)
-    model.growth = told(stories)
-    return model
-
-
-def told(stories: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The lineage of several steps as one: from the first source, with what is new since then."""
-    if len(stories) == 1:
-        return stories[0]
-    return {
-        **stories[-1],
-        "operator": "grow",
-        "arguments": {"ops": [{story["operator"]: story["arguments"]} for story in stories]},
-        "sources": stories[0]["sources"],
-        "maps": {},
-        "new": _new(stories),
-        "preserves": max((story["preserves"] for story in stories), key=KEEPS.index),
-        "steps": [
-            {key: story[key] for key in ("operator", "arguments", "maps", "new", "preserves")} for story in stories
-        ],
-    }
-
-
-def _new(stories: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By axis: the places that hold something new since the first source, or the sizes before and after."""
-    new: dict[str, Any] = {}
-    for story in stories:
-        new = {axis: _moved(places, story["maps"].get(axis)) for axis, places in new.items()}
-        new |= {axis: _joined(new.get(axis), here) for axis, here in story["new"].items()}
-    return new
-
-
-def _moved(places: Any, order: Any) -> Any:
-    """New places where a later map has put them; a merged one follows its largest part."""
-    if not isinstance(places, list) or not isinstance(order, list):
-        return places
-    main = [max(old, key=lambda term: abs(term[1]))[0] if isinstance(old, list) else old for old in order]
-    return [i for i, old in enumerate(main) if old in places]
-
-
-def _joined(before: Any, here: Any) -> Any:
-    if isinstance(before, list) and isinstance(here, list):
-        return sorted({*before, *here})
-    if isinstance(before, dict) and isinstance(here, dict):
-        return {**here, "from": before["from"]}
-    return here

@@ -171,6 +171,15 @@ class GrowSpec(GrowthSpec):
     def corpus(self) -> str | None:
         return self.data
 
+    @model_validator(mode="after")
+    def _check_data(self) -> GrowSpec:
+        reader = next((name for name, op in self.operators() if op.reads_text), None)
+        if reader and not self.data:
+            raise ValueError(f"'data' is needed: {reader} reads text")
+        if self.data and not reader:
+            raise ValueError("data: none of these operators reads text")
+        return self
+
 
 class StudentSpec(OneOf):
     new: NewSpec | None = Field(None, description="random weights: {config: ...} or {like: ...}")
@@ -282,6 +291,10 @@ class Stage(OneOf):
         return self._given()[0]
 
     @property
+    def makes_a_model(self) -> bool:
+        return self.kind != "evaluate"
+
+    @property
     def origin(self) -> str | None:
         """The model or stage whose weights this stage starts from."""
         return self.grow.from_ if self.grow else self.train.student.origin if self.train else None
@@ -291,7 +304,7 @@ class Recipe(Value):
     recipe: Name = Field(description="its name, and that of the run directory")
     about: str = Field("", description="one line for `distill list` and the model card")
     seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Positive = Field(1, description="repeat every stage that makes a model with this many seeds, counted from `seed`")
+    seeds: Positive = Field(1, description="make every model with this many seeds, counted from `seed`")
     equal: Literal["steps", "tokens", "flops", "seconds"] = Field(
         "steps", description="what a twin without the method gets"
     )

@@ -52,7 +52,7 @@ def run(
 
 def _tasks(recipe: Recipe, contexts: tuple[Context, ...]) -> Iterator[Task]:
     for stage in recipe.stages:
-        fanned = [(context,) for context in contexts] if stage.kind == "train" else [contexts]
+        fanned = [(context,) for context in contexts] if stage.makes_a_model else [contexts]
         yield from (Task(stage, several) for several in fanned)
 
 
@@ -132,14 +132,20 @@ def _models(recipe: Recipe, context: Context) -> dict[str, Path]:
 
 def _foresee(task: Task, work: Work) -> None:
     """An evaluation that cannot be made is refused before hours of training."""
-    task.contexts[0].corpus(task.spec.corpus)
+    _prepare(task)
     if task.stage.kind == "evaluate":
         world.first(lambda: None if _is_done(task) else work.foresee(task.spec, task.contexts[0]))
 
 
+def _prepare(task: Task) -> None:
+    """Its text, where it reads any."""
+    if task.spec.corpus is not None:
+        task.contexts[0].corpus(task.spec.corpus)
+
+
 def _lost(task: Task) -> str | None:
-    """What a finished training stage should have and has no more."""
-    left = ("start", "model") if task.stage.kind == "train" else ()
+    """What a finished stage that makes a model should have and has no more."""
+    left = {"train": ("start", "model"), "grow": ("model",)}.get(task.stage.kind, ())
     return next((name for name in left if not (task.directory / name).is_dir()), None)
 
 
@@ -172,13 +178,15 @@ def _manifest(task: Task) -> dict[str, Any] | None:
 
 
 def _do(task: Task, tasks: list[Task], work: Work) -> None:
-    task.contexts[0].corpus(task.spec.corpus)
+    _prepare(task)
     world.first(lambda: _open(task, tasks))
     if _manifest(task)["state"] == DONE:
         return
     began = time.perf_counter()
     if task.stage.kind == "train":
         metrics = work.train(task.spec, task.contexts[0], task.directory)
+    elif task.stage.kind == "grow":
+        metrics = world.first(lambda: work.grow(task.spec, task.contexts[0], task.directory))
     else:
         metrics = world.first(lambda: work.evaluate(task.spec, task.contexts, task.directory))
     world.first(lambda: _close(task, metrics, time.perf_counter() - began))
@@ -192,7 +200,7 @@ def _open(task: Task, tasks: list[Task]) -> None:
         return
     state, changed = manifest["state"], differences(manifest["inputs"], inputs)
     if state == DONE and not changed and _lost(task):
-        say(f"{task.name}: its {_lost(task)} is gone; made again from the last snapshot")
+        say(f"{task.name}: its {_lost(task)} is gone; made again")
         _write(task, {**manifest, "state": RUNNING})
         return
     if state != STALE and not changed:

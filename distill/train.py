@@ -58,10 +58,8 @@ class Stage:
     def _make_start(self) -> Path:
         start = self.directory / "start"
         if not start.exists():
-            tokenizer = self.context.corpus(self.spec.data) / "tokenizer"
-            models.seed_checkpoint(
-                self.spec.student, self.context.model, start, self.head, self.context.seed, tokenizer
-            )
+            corpus = self.context.corpus(self.spec.corpus)
+            models.seed_checkpoint(self.spec.student, self.context.model, start, self.head, self.context.seed, corpus)
         return start
 
     def _load_target(self, target) -> nn.Module:

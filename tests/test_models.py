@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distill import models, sources
+from distill.recipe import StudentSpec
 from distill.taps import Tap, trace
 from growth.errors import UserError
 
@@ -33,9 +34,9 @@ def spec(*from_, sha256=None):
     return SimpleNamespace(from_=from_, revision=None, sha256=sha256)
 
 
-def student(new=None, from_=None, cut=None):
-    new = None if new is None else SimpleNamespace(**{"config": None, "like": None, **new})
-    return SimpleNamespace(new=new, from_=from_, cut=None if cut is None else SimpleNamespace(**cut))
+def student(**given):
+    """As a recipe has it."""
+    return StudentSpec.model_validate(given)
 
 
 @pytest.fixture
@@ -238,7 +239,7 @@ def test_a_model_in_the_hub_cache_needs_no_network(saved, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     found = models.resolve(spec("org/small"), "teacher")
     assert found == snapshot and digest(models.load(found, "mlm")) == digest(models.load(saved, "mlm"))
-    start = models.seed_checkpoint(student(from_="t"), {"t": found}.get, tmp_path / "start", None, 0)
+    start = models.seed_checkpoint(student(**{"from": "t"}), {"t": found}.get, tmp_path / "start", None, 0)
     assert (start / "tokenizer.json").is_file() and not (start / "tokenizer.json").is_symlink()
 
 
@@ -301,9 +302,9 @@ def test_random_weights_are_spread_as_transformers_spreads_them(family):
 STARTS = {
     "new like": (student(new={"like": "teacher"}), "mlm"),
     "new config": (student(new={"config": tiny.config("llama", num_hidden_layers=2).to_dict()}), "causal"),
-    "from": (student(from_="teacher"), None),
-    "cut": (student(cut={"from_": "teacher", "layers": (0, 3)}), None),
-    "cut without a head": (student(cut={"from_": "headless", "layers": 2}), "mlm"),
+    "from": (student(**{"from": "teacher"}), None),
+    "cut": (student(cut={"from": "teacher", "layers": (0, 3)}), None),
+    "cut without a head": (student(cut={"from": "headless", "layers": 2}), "mlm"),
 }
 
 
@@ -311,8 +312,9 @@ STARTS = {
 def test_a_start_is_the_same_bytes_for_the_same_seed(kind, saved, tmp_path):
     (wanted, head), headless = STARTS[kind], tiny.save(tiny.model("bert"), tmp_path / "headless", tiny.tokenizer())
     refs = {"teacher": saved, "headless": headless}
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     one, same, other = (
-        models.seed_checkpoint(wanted, refs.__getitem__, tmp_path / name, head, seed, tokenizer=saved)
+        models.seed_checkpoint(wanted, refs.__getitem__, tmp_path / name, head, seed, corpus=tmp_path)
         for name, seed in (("one", 1), ("same", 1), ("other", 2))
     )
     files = {file.name for file in one.iterdir()}
@@ -324,7 +326,7 @@ def test_a_start_is_the_same_bytes_for_the_same_seed(kind, saved, tmp_path):
 
 
 def test_a_cut_student_has_the_layers_asked_for_and_keeps_the_head(saved, tmp_path):
-    wanted = student(cut={"from_": "t", "layers": (0, 3)})
+    wanted = student(cut={"from": "t", "layers": (0, 3)})
     start = models.load(models.seed_checkpoint(wanted, {"t": saved}.get, tmp_path / "start", None, 0), "mlm")
     whole = models.load(saved, "mlm")
     for new, old in ((0, 0), (1, 3)):
@@ -364,7 +366,7 @@ def test_a_frozen_teacher_never_drifts():
 def test_a_full_disk_is_one_line_before_and_during_the_writing_of_a_model(saved, tmp_path, monkeypatch):
     def write(name):
         with pytest.raises(UserError) as caught:
-            models.seed_checkpoint(student(from_="t"), {"t": saved}.get, tmp_path / name, None, 0)
+            models.seed_checkpoint(student(**{"from": "t"}), {"t": saved}.get, tmp_path / name, None, 0)
         assert not list(tmp_path.glob(f"{name}*")) and "\n" not in str(caught.value)
         return str(caught.value)
 

@@ -129,8 +129,12 @@ CHANGES = [
         "no model or earlier stage 'nobody'; known: tea",
     ),
     ("layers: [0, 1]}", "layers: two}", "layers: expected a whole number or a list, found text 'two'"),
-    ("layers: [0, 1]}}", "layers: [0]}, from: teacher}", "exactly one of new, from, cut is needed, found from and cut"),
-    ("{cut: {from: teacher, layers: [0, 1]}}", "{}", "exactly one of new, from, cut is needed, found none"),
+    (
+        "layers: [0, 1]}}",
+        "layers: [0]}, from: teacher}",
+        "exactly one of new, from, cut, grow is needed, found from and cut",
+    ),
+    ("{cut: {from: teacher, layers: [0, 1]}}", "{}", "exactly one of new, from, cut, grow is needed, found none"),
     ("relation_kl:", "relation_k:", "loss.0: no key 'relation_k'; did you mean 'relation_kl'? (line 11)"),
     ("heads: 12", "head: 12", "stages.student.train.loss.0.relation_kl: no key 'head'; did you mean 'heads'?"),
     ("target: t,", "target: tt,", "relation_kl.target: no target 'tt'; did you mean 't'?"),
@@ -155,7 +159,7 @@ CHANGES = [
     (
         "- id: twin",
         "- id: twin\n  evaluate: {rows: {a: student}, on: [speed]}",
-        "exactly one of train, evaluate is needed",
+        "exactly one of train, grow, evaluate is needed",
     ),
 ]
 

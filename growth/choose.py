@@ -15,7 +15,7 @@ from growth.families.table import Slot
 from growth.fill import FOLLOWERS
 from growth.maps import Choice, Place
 from growth.shapes import EMBED, Axes, Key, Selection
-from growth.sizes import new_sizes, sizes_asked
+from growth.sizes import Sizes, by_axis, new_sizes
 
 VOCAB, KV, QUERIES = ("vocab",), ("kv",), ("kv", "group")
 AXES = {"embed": "hidden", "ffn": "ffn", "vocab": "vocab", "heads": "heads"}  # grouped heads are two axes
@@ -27,7 +27,7 @@ def chosen(checkpoint: Any, anatomy: Anatomy, asked: Mapping[str, Chosen]) -> Se
     numbers = {name: what if isinstance(what, int) else len(what) for name, what in asked.items()}
     if "kv_heads" in numbers and "kv" in anatomy.sizes:
         numbers.setdefault("heads", numbers["kv_heads"] * anatomy.sizes["group"])
-    want = sizes_asked(anatomy, numbers)
+    want = by_axis(anatomy, Sizes(**numbers))
     _refuse_more(anatomy, want)
     maps: dict[Key, Choice] = {}
     for axis, name in ((axis, name) for axis, name in AXES.items() if axis in want):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 
 import click
 
 from growth.console import Commands, count, say, size, table
 from growth.errors import UsageError, UserError
+from growth.sizes import Sizes
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
@@ -34,6 +36,14 @@ def writing(command):
     ):
         run = option(run)
     return run
+
+
+def sized(command):
+    """An option for every size."""
+    for one in reversed(fields(Sizes)):
+        option = f"--{one.name.replace('_', '-')}"
+        command = click.option(option, type=int, metavar="N", help=one.metadata["help"])(command)
+    return command
 
 
 @main.command()
@@ -117,13 +127,7 @@ def cut(src, dst, output, undo, **asked):
 @main.command()
 @click.argument("src")
 @click.argument("dst")
-@click.option("--hidden", type=int, help="Channels of the residual stream.")
-@click.option("--heads", type=int, help="Query heads.")
-@click.option("--kv-heads", type=int, help="Key-value heads.")
-@click.option("--head-size", type=int, help="Channels of a head.")
-@click.option("--ffn", type=int, help="Neurons of the feed-forward part.")
-@click.option("--vocab", type=int, help="Rows of the embeddings: zeros behind the tokens.")
-@click.option("--vocab-multiple", type=click.IntRange(min=1), help="Or as many as make a multiple, such as 64.")
+@sized
 @click.option("--how", default="exact", show_default=True, help="exact, fpi, aki, weighted, zero or mean.")
 @click.option("--noise", default=0.01, show_default=True, help="Between copies; the function does not see it.")
 @click.option("--seed", default=0, show_default=True)

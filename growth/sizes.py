@@ -3,27 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from growth.anatomy import Anatomy
-from growth.errors import UserError
+from growth.errors import UsageError, UserError, did_you_mean
 from growth.shapes import Axes
 
-NAMES = {"embed": "hidden", "ffn": "ffn", "head": "head_size", "vocab": "vocab"}  # axis -> what users call its size
+CALLED = {"embed": "hidden", "kv": "kv-heads", "head": "head-size"}  # axes whose size users know by another name
 
 
-def sizes_asked(anatomy: Anatomy, asked: Mapping[str, int | None]) -> dict[str, int]:
-    """Sizes by axis; what is not asked for stays, and heads follow where they divide the model's width."""
-    sizes = anatomy.sizes
-    want = {axis: asked.get(name) or sizes[axis] for axis, name in NAMES.items()}
-    if "kv" in sizes:
-        return want | _grouped(sizes, asked)
-    if asked.get("kv_heads"):
+def _size(of: str) -> Any:
+    return field(default=None, metadata={"help": of})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is to be; what is None stays as it is, or follows."""
+
+    hidden: int | None = _size("Channels of the residual stream.")
+    heads: int | None = _size("Query heads.")
+    kv_heads: int | None = _size("Key-value heads.")
+    head_size: int | None = _size("Channels of a head.")
+    ffn: int | None = _size("Neurons of the feed-forward part.")
+    vocab: int | None = _size("Rows of the embeddings: zeros behind the tokens.")
+    vocab_multiple: int | None = _size("Or as many as make a multiple, such as 64.")
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Any]) -> Sizes:
+        """Of what a user wrote."""
+        names = [one.name for one in fields(cls)]
+        if strange := next((name for name in asked if name not in names), None):
+            raise UsageError(f"no size is called {strange!r}{did_you_mean(strange, names)}; {', '.join(names)} are")
+        if wrong := next((name for name, n in asked.items() if n is not None and (type(n) is not int or n < 1)), None):
+            raise UsageError(f"{wrong} {asked[wrong]!r}: a whole number, at least 1")
+        return cls(**asked)
+
+    def __bool__(self) -> bool:
+        return any(asdict(self).values())
+
+
+def by_axis(anatomy: Anatomy, asked: Sizes) -> dict[str, int]:
+    """The size of every axis; heads follow where they divide the model's width."""
+    old = anatomy.sizes
+    want = {
+        "embed": asked.hidden or old["embed"],
+        "ffn": asked.ffn or old["ffn"],
+        "head": asked.head_size or old["head"],
+        "vocab": asked.vocab or _multiple(old["vocab"], asked.vocab_multiple or 1),
+    }
+    if "kv" in old:
+        return want | _grouped(old, asked)
+    if asked.kv_heads:
         raise UserError(f"{anatomy.family.name} has no key-value heads apart from its heads")
-    return want | {"heads": asked.get("heads") or _followed(anatomy, want["embed"], want["head"])}
+    return want | {"heads": asked.heads or _followed(anatomy, want["embed"], want["head"])}
 
 
-def _grouped(sizes: Mapping[str, int], asked: Mapping[str, int | None]) -> dict[str, int]:
-    heads, kv = asked.get("heads") or sizes["kv"] * sizes["group"], asked.get("kv_heads") or sizes["kv"]
+def _multiple(n: int, unit: int) -> int:
+    """The smallest that is no less."""
+    return -(-n // unit) * unit
+
+
+def _grouped(old: Mapping[str, int], asked: Sizes) -> dict[str, int]:
+    heads, kv = asked.heads or old["kv"] * old["group"], asked.kv_heads or old["kv"]
     if heads % kv:
         raise UserError(f"{heads} heads cannot share {kv} key-value heads evenly; {nearest(heads, kv)} can")
     return {"kv": kv, "group": heads // kv}

@@ -6,7 +6,7 @@ gives its source back, and what was trained since gives a smaller model that sta
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from growth.maps import Layers
 from growth.operate import PLAIN, Output, Result, delivered, opened
 from growth.pieces import Computed
 from growth.reindex import Stream, reindex, widely
+from growth.sizes import Sizes
 from growth.take import Widening
 from growth.width import planned
 from growth.writer import LINEAGE
@@ -71,8 +72,9 @@ def anatomy_before(anatomy: Anatomy, story: dict[str, Any]) -> Anatomy:
 
 def widening_of(before: Anatomy, story: dict[str, Any], noise: float = 0.0) -> Widening:
     """The maps of a widening, made again from what was asked for."""
-    asked = dict(story["arguments"])
-    return planned(before, asked, asked.pop("how"), noise, asked.pop("seed"))[0]
+    arguments = story["arguments"]
+    asked = Sizes(**{one.name: arguments.get(one.name) for one in fields(Sizes)})
+    return planned(before, asked, arguments["how"], noise, arguments["seed"])[0]
 
 
 def _folded(checkpoint: Any, anatomy: Anatomy, before: Anatomy, widening: Widening) -> Stream:

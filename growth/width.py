@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from growth.maps import Units
 from growth.operate import PLAIN, Output, Result, delivered, opened
 from growth.reindex import units_stream
 from growth.shapes import EMBED, HEAD, Key
-from growth.sizes import new_sizes, sizes_asked
+from growth.sizes import CALLED, Sizes, by_axis, new_sizes
 from growth.take import Widening, facts
 
 HOW = ("exact", "fpi", "aki", "weighted", "zero", "mean")
@@ -24,51 +25,41 @@ def widen(
     src: Any,
     dst: str | Path | None = None,
     *,
-    hidden: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    ffn: int | None = None,
-    head_size: int | None = None,
-    vocab: int | None = None,
-    vocab_multiple: int | None = None,
     how: str = "exact",
     noise: float = 0.01,
     seed: int = 0,
     output: Output = PLAIN,
+    **sizes: int | None,
 ) -> Any:
-    """A wider checkpoint, or a wider model where the source is one.
+    """A wider checkpoint, or a wider model where the source is one: `widen(src, dst, hidden=768, ffn=3072)`.
 
-    `how` fills the new hidden channels: `exact` picks even copies, weighted copies (RMS norms) or mean channels (layer
-    norms), and refuses where none keeps the function; `weighted`, `zero` and `mean` ask for one of them; `fpi` samples
-    copies and `aki` also takes the new units from the layer above (Chen et al. 2022, arXiv 2110.07143): both leave the
-    function where the width is no multiple. `noise` tells copies apart without changing the function. Heads grow by
-    channels that start silent, the vocabulary by rows of zeros behind its own, to `vocab` or up to a multiple.
+    The sizes are those of `Sizes`: hidden, heads, kv_heads, head_size, ffn, vocab, vocab_multiple. `how` fills the new
+    hidden channels: `exact` picks even copies, weighted copies (RMS norms) or mean channels (layer norms), and refuses
+    where none keeps the function; `weighted`, `zero` and `mean` ask for one of them; `fpi` samples copies and `aki`
+    also takes the new units from the layer above (Chen et al. 2022, arXiv 2110.07143): both leave the function where
+    the width is no multiple. `noise` tells copies apart without changing the function. Heads grow by channels that
+    start silent, the vocabulary by rows of zeros behind its own.
     """
+    asked = Sizes.of(sizes)
     if how not in HOW:
         raise UsageError(f"how {how!r}: one of {', '.join(HOW)}")
     checkpoint = opened(src, dst, output)
     anatomy = dissect(checkpoint)
-    if vocab_multiple and vocab is None:
-        vocab = -(-anatomy.sizes["vocab"] // vocab_multiple) * vocab_multiple
-    asked = dict(hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, head_size=head_size, vocab=vocab)
     widening, preserves = planned(anatomy, asked, how, noise, seed)
     config = anatomy.family.resized(anatomy.config, new_sizes(widening))
     stream = units_stream(checkpoint, anatomy, widening, above=how == "aki")
-    arguments = {**asked, "how": how, "noise": noise, "seed": seed}
-    facts_ = {"maps": facts(widening), "new": _new(widening), "preserves": preserves}
-    return delivered(Result("widen", arguments, config, stream, facts_), dst, output, checkpoint)
+    arguments = {**asdict(asked), "how": how, "noise": noise, "seed": seed}
+    story = {"maps": facts(widening), "new": _new(widening), "preserves": preserves}
+    return delivered(Result("widen", arguments, config, stream, story), dst, output, checkpoint)
 
 
-def planned(
-    anatomy: Anatomy, asked: Mapping[str, int | None], how: str, noise: float, seed: int
-) -> tuple[Widening, str]:
+def planned(anatomy: Anatomy, asked: Sizes, how: str, noise: float, seed: int) -> tuple[Widening, str]:
     """The maps for the sizes asked for, and whether they keep the function."""
     want = _wanted(anatomy, asked)
     maps = filled(anatomy, want, how, seed)
     if not maps:
-        raise UsageError(
-            "nothing to widen: give --hidden, --heads, --kv-heads, --head-size, --ffn or --vocab, above SRC"
-        )
+        given = "these sizes are the source's own" if asked else "no size is given"
+        raise UsageError(f"nothing to widen: {given}; --hidden, --heads, --kv-heads, --head-size, --ffn, --vocab")
     tied, root = anatomy.tied_head and EMBED in maps, _root(anatomy, want["embed"])
     widening = Widening(anatomy.family, anatomy.sizes, maps, tied, root, noise, seed)
     kept = keeps(anatomy, maps)
@@ -79,12 +70,12 @@ def planned(
     return widening, "no" if how == "aki" else "exact" if kept else "approximate"
 
 
-def _wanted(anatomy: Anatomy, asked: Mapping[str, int | None]) -> dict[str, int]:
-    want = sizes_asked(anatomy, asked)
-    smaller = next((axis for axis in want if axis != "group" and want[axis] < anatomy.sizes[axis]), None)
-    if smaller:
-        old = anatomy.sizes[smaller]
-        raise UserError(f"{smaller} {want[smaller]} is less than the source's {old}: widen only grows")
+def _wanted(anatomy: Anatomy, asked: Sizes) -> dict[str, int]:
+    want, old = by_axis(anatomy, asked), anatomy.sizes
+    if smaller := next((axis for axis in want if axis != "group" and want[axis] < old[axis]), None):
+        raise UserError(
+            f"{CALLED.get(smaller, smaller)} {want[smaller]} is less than the source's {old[smaller]}: widen only grows"
+        )
     return want
 
 

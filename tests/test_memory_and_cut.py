@@ -116,7 +116,7 @@ def test_a_padded_vocabulary_says_the_same_of_every_old_token(source, tmp_path, 
     ("kind", "changes", "asked", "said"),
     [
         ("llama", {}, {"head_size": 14}, "in multiples of 10 only; 10 or 20"),
-        ("llama", {}, {"head_size": 9}, "head 9 is less than"),
+        ("llama", {}, {"head_size": 9}, "head-size 9 is less than"),
         ("bert", {}, {"head_size": 12}, "cannot have these sizes|not made of whole heads"),
         (
             *("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),

@@ -20,8 +20,9 @@ from growth.cli import main
 from growth.errors import UsageError, UserError
 from growth.maps import Units, dealt, padded, sampled, tiled
 from growth.reindex import units_stream
+from growth.sizes import Sizes, new_sizes
 from growth.verify import _outputs, verify
-from growth.width import HOW, new_sizes, planned
+from growth.width import HOW, planned
 
 EXACT = 1e-12
 EPSILON = {"gpt2": "layer_norm_epsilon", "t5": "layer_norm_epsilon", "modernbert": "norm_eps", "distilbert": None}
@@ -70,7 +71,7 @@ def by_hand(src, dst, asked, change=lambda widening: widening, how="exact"):
     """Widening by maps that the operator would not make."""
     checkpoint = growth.open(src)
     anatomy = dissect(checkpoint)
-    widening, _ = planned(anatomy, {"hidden": None, "heads": None, "kv_heads": None, "ffn": None, **asked}, how, 0.0, 0)
+    widening, _ = planned(anatomy, Sizes(**asked), how, 0.0, 0)
     widening = change(widening)
     config = anatomy.family.resized(anatomy.config, new_sizes(widening))
     return growth.write(dst, config, units_stream(checkpoint, anatomy, widening))
@@ -314,7 +315,7 @@ def test_maps_keep_every_old_unit_and_read_undoes_write():
         ("bert", {"kv_heads": 10}, "BERT has no key-value heads"),
         ("llama", {"hidden": 67}, "hidden_size 67 must be a multiple of num_attention_heads 6, such as 72"),
         ("llama", {"heads": 10}, "10 heads cannot share 3 key-value heads evenly; 9 or 12 can"),
-        ("llama", {"kv_heads": 6, "heads": 6, "hidden": 30}, "embed 30 is less than the source's 48"),
+        ("llama", {"kv_heads": 6, "heads": 6, "hidden": 30}, "hidden 30 is less than the source's 48"),
         ("llama", {"kv_heads": 4, "heads": 4}, "leave no place for some of the 2 that share one now; 8 heads would do"),
         ("olmo2", {"kv_heads": 4, "heads": 8}, "only whole multiples of them keep the function"),
         ("llama", {"hidden": 72, "how": "mean"}, "mean channels do not suit the rms norms of Llama; weighted"),
@@ -328,7 +329,7 @@ def test_widths_that_cannot_be_are_refused_with_the_nearest_that_can(source, tmp
 
 
 def test_asking_for_nothing_or_in_an_unknown_way_is_a_usage_error(source, tmp_path):
-    for asked in ({}, {"hidden": 48}, {"ffn": 50, "how": "magic"}):
+    for asked in ({}, {"hidden": 48}, {"ffn": 50, "how": "magic"}, {"ffn": 0}, {"ffn": 50.0}, {"fnn": 50}):
         with pytest.raises(UsageError):
             growth.widen(source("llama"), tmp_path / "x", **asked)
     assert "exact" in HOW

@@ -74,7 +74,7 @@ def run(
 
 @main.command("list")
 def list_() -> None:
-    """What a recipe can name: recipes, objectives, metrics, sources of text.
+    """What a recipe can name: recipes, objectives, operators, metrics, sources of text.
 
     \b
     distill list

@@ -7,6 +7,7 @@ import inspect
 from distill import strict_yaml
 from distill.evaluate import METRICS
 from distill.objectives import OBJECTIVES
+from distill.operators import OPERATORS
 from distill.recipe import packaged
 from growth.console import table
 
@@ -20,9 +21,10 @@ SOURCES = {
 
 
 def show() -> None:
-    """Four tables."""
+    """A table for every kind of thing."""
     table(["recipe", "about"], [(name, _about(file)) for name, file in packaged().items()])
     table(["objective", "about"], [(name, _first_line(kind)) for name, kind in OBJECTIVES.items()])
+    table(["operator", "about"], [(name, _first_line(kind)) for name, kind in OPERATORS.items()])
     table(["metric", "about"], [(name, _first_line(type(metric))) for name, metric in METRICS.items()])
     table(["source", "about"], list(SOURCES.items()))
 

@@ -128,7 +128,11 @@ def changed(**rows):
     for found in results["rows"]:
         if found["name"] in rows:
             found["metrics"]["probe"] = metric("high", *rows[found["name"]], error=0.01)
-    return {**results, **{key: RECIPE[key] for key in ("recipe", "about", "equal", "seeds", "models", "corpora")}}
+    return {
+        **results,
+        "runners": [],
+        **{key: RECIPE[key] for key in ("recipe", "about", "equal", "seeds", "models", "corpora")},
+    }
 
 
 def numbers(text):

@@ -16,6 +16,7 @@ from distill.evaluate import machine
 from distill.evaluate.agreement import Agreement, Divergence
 from distill.evaluate.heldout import HeldoutLoss
 from distill.evaluate.probe import Probe
+from distill.evaluate.saving import Saving
 from distill.evaluate.score import Score
 from distill.evaluate.speed import Speed
 from distill.evaluate.sts import Sts
@@ -44,6 +45,7 @@ METRICS: dict[str, Metric] = {
     "heldout_loss": HeldoutLoss(),
     "sts": Sts(),
     "speed": Speed(),
+    "saving": Saving(),
 }
 
 # words of a label or reference -> role; the first that stands in either wins, anything else is a student
@@ -69,7 +71,7 @@ def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
     metrics = dict(map(_metric, spec.on))
     subjects = Subjects(contexts[0].corpus(spec.data))
     teacher = spec.teacher or _teacher(spec.rows)
-    bench = Bench(subjects.corpus, teacher and subjects.at(contexts[0].model(teacher)))
+    bench = Bench(subjects.corpus, teacher and subjects.at(contexts[0].model(teacher)), spec.rows, contexts[0])
     rows = {label: _once([subjects.at(c.model(reference)) for c in contexts]) for label, reference in spec.rows.items()}
     for metric in metrics.values():
         metric.check(bench)
@@ -92,7 +94,7 @@ def foresee(spec, context) -> None:
     if teacher and teacher not in context.recipe.models:
         return
     subjects = Subjects(context.corpus(spec.data))
-    bench = Bench(subjects.corpus, teacher and subjects.at(context.model(teacher)))
+    bench = Bench(subjects.corpus, teacher and subjects.at(context.model(teacher)), spec.rows, context)
     for metric in dict(map(_metric, spec.on)).values():
         metric.check(bench)
 

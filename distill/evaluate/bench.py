@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 import growth
 from distill import corpus, models, world
 from distill.corpus import tokens
+from distill.evaluate import role
 from distill.evaluate.encode import encode
 from distill.evaluate.probe import text_hash
 from growth.files import digest, read_json
@@ -29,8 +30,20 @@ DOCUMENTS = 50_000  # of a part that are looked at
 class Bench:
     """What every subject is measured on."""
 
-    def __init__(self, path: Path, teacher: Subject | None):
-        self.path, self.teacher = Path(path), teacher
+    def __init__(self, path: Path, teacher: Subject | None, rows: dict[str, str], context):
+        self.path, self.teacher, self.rows, self.context = Path(path), teacher, rows, context
+
+    @property
+    def scratch(self) -> str | None:
+        """The stage that the row called scratch is of."""
+        return next((reference for label, reference in self.rows.items() if role(label, reference, None) == "scratch"),
+                    None)  # fmt: skip
+
+    @property
+    def trained(self) -> dict:
+        """reference -> what the recipe says of it, for the rows that are train stages."""
+        stages = {stage.id: stage.train for stage in self.context.recipe.stages if stage.train}
+        return {reference: stages[reference] for reference in self.rows.values() if reference in stages}
 
     @cached_property
     def seen(self):

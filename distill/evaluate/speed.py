@@ -30,9 +30,10 @@ class Speed:
     def note(self, bench) -> str:
         import torch
 
+        threads = torch.get_num_threads()
         return (
             f"forward pass without a head, {self.batch} x {self._length(bench)} tokens, float32, "
-            f"{torch.get_num_threads()} threads, median of {self.rounds} rounds in which the models take turns"
+            f"{threads} thread{'s'[: threads != 1]}, median of {self.rounds} rounds in which the models take turns"
         )
 
     def check(self, bench) -> None:

@@ -102,7 +102,7 @@ def _front_matter(architecture: str, facts: Facts) -> str:
 def _origin(facts: Facts) -> str:
     train = facts.stage["train"]
     (kind, value) = next((key, given) for key, given in train["student"].items() if given is not None)
-    start = {"cut": _cut, "new": _new, "from": lambda reference: f"`{reference}`"}[kind](value)
+    start = {"cut": _cut, "new": _new, "grow": _grown, "from": lambda reference: f"`{reference}`"}[kind](value)
     taught = ", ".join(f"`{target['from']}`" for target in train["targets"].values())
     sources = "; ".join(f"`{name}`: " + " or ".join(found) for name, found in facts.teachers.items())
     teacher = f"distilled from {taught} ({sources})" if taught else "trained without a teacher"
@@ -113,6 +113,15 @@ def _cut(cut: dict) -> str:
     layers = cut["layers"]
     which = f"{layers} evenly spaced layers" if isinstance(layers, int) else f"layers {', '.join(map(str, layers))}"
     return f"{which} of `{cut['from']}`"
+
+
+def _grown(grow: dict) -> str:
+    ops = " and ".join(f"`{name}`" for op in grow["ops"] for name in op)
+    return f"`{grow['from']}` after {ops}"
+
+
+def _grown(grow: dict) -> str:
+    return f"`{grow['from']}` grown by {', then '.join(_named(op) for op in grow['ops'])}"
 
 
 def _new(new: dict) -> str:
@@ -127,7 +136,7 @@ def _table(facts: Facts) -> str:
 def _training(facts: Facts) -> Iterator[str]:
     train, done = facts.stage["train"], facts.training
     yield "\n".join([
-        f"- loss: {'; '.join(_loss(entry) for entry in train['loss'])}",
+        f"- loss: {'; '.join(_named(entry) for entry in train['loss'])}",
         f"- corpus: `{facts.corpus['name']}`, source {facts.corpus['source']}, digest `{facts.corpus['digest']}`",
         *(f"- {key}: {done[key]:,}" for key in ("steps", "tokens") if key in done),
         *([f"- time: {console.seconds(done['seconds'])}"] if "seconds" in done else []),
@@ -137,9 +146,10 @@ def _training(facts: Facts) -> Iterator[str]:
         yield "\n".join(f"- `{name}`" for name in frozen)
 
 
-def _loss(entry: dict) -> str:
+def _named(entry: dict) -> str:
+    """`stack (factor: 4)`: an objective or operator with its fields."""
     (name, fields) = next((name, given) for name, given in entry.items() if given is not None)
-    return f"{name} ({', '.join(f'{key}: {value}' for key, value in fields.items())})"
+    return f"{name} ({', '.join(f'{key}: {value}' for key, value in fields.items() if value is not None)})"
 
 
 def _licence(facts: Facts) -> str:

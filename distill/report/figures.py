@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from distill.evaluate import RESULT
+from distill.evaluate.saving import read_log
+from distill.report import savings
 from growth.errors import UserError
 from growth.files import read_json
 
@@ -26,12 +27,15 @@ def gather(run: Path) -> dict:
     if not found:
         raise UserError(f"{run}: nothing was evaluated yet; `distill run` goes on where it stopped")
     last = list(found.values())[-1]
+    rows = [row for stage in found for row in _named(stage, found)]
+    raced = [row for row in rows if "saving" in found[row["stage"]]["metrics"]]
     return {
         "recipe": recipe["recipe"],
         "about": recipe.get("about", ""),
         "equal": recipe.get("equal", "steps"),
         "seeds": recipe.get("seeds", 1),
-        "rows": [row for stage in found for row in _named(stage, found)],
+        "rows": rows,
+        "runners": savings.gather(run, raced) if raced else [],
         "metrics": {name: facts for result in found.values() for name, facts in result["metrics"].items()},
         "stages": [stage for stage in recipe["stages"] if "train" in stage],
         "corpora": recipe.get("corpora", {}),
@@ -44,7 +48,7 @@ def _named(stage: str, found: dict[str, dict]) -> Iterator[dict]:
     """The rows of a stage; `stage/name` where another stage has a row of that name."""
     others = {row["name"] for other, result in found.items() if other != stage for row in result["rows"]}
     for row in found[stage]["rows"]:
-        yield {**row, "name": f"{stage}/{row['name']}" if row["name"] in others else row["name"]}
+        yield {**row, "stage": stage, "name": f"{stage}/{row['name']}" if row["name"] in others else row["name"]}
 
 
 def public(report: dict) -> dict:
@@ -64,9 +68,3 @@ def training_logs(run: Path, stages: list[dict]) -> dict[str, list[list[dict]]]:
     files = {stage["id"]: sorted([*run.glob(f"{stage['id']}/log.jsonl"), *run.glob(f"{stage['id']}@*/log.jsonl")])
              for stage in stages}  # fmt: skip
     return {stage: [read_log(file) for file in found] for stage, found in files.items() if found}
-
-
-def read_log(path: Path) -> list[dict]:
-    """The entries of a log; a last line that a killed run left unfinished is dropped."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]

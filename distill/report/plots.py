@@ -1,15 +1,13 @@
-"""The two pictures of a report: what the rows are worth, and how the stages were trained."""
+"""The pictures of a report: what the rows are worth, what their training saved, and how it went."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-COLOURS = {"teacher": "#7f7f7f", "student": "#1f5fa8", "baseline": "#9cc3e6", "scratch": "#e08a3c",
-           "assistant": "#5b9a68"}  # fmt: skip
-LINES = ("#1f5fa8", "#e08a3c", "#5b9a68", "#a8488c", "#7f7f7f")
-DOTS_PER_INCH = 150
+from distill.report.canvas import COLOURS, LINES, figure
+from distill.report.curves import race
+
 SMOOTH = 20  # steps of the running median behind which single steps are faint
 
 
@@ -19,6 +17,9 @@ def draw(run: Path, report: dict, logs: dict[str, list[list[dict]]]) -> dict[str
     if metrics := compared(report):
         quality(run / "quality.png", report["rows"], metrics)
         pictures["Quality of the rows: means, standard errors, and seeds as dots"] = "quality.png"
+    if report["runners"]:
+        race(run / "saving.png", report["runners"])
+        pictures["Held-out loss over training FLOPs: seeds thin, their mean bold"] = "saving.png"
     for stage, seeds in logs.items():
         if any(seeds):
             training(run / f"training-{stage}.png", stage, [log for log in seeds if log])
@@ -60,13 +61,16 @@ def _bar(panel, place: int, row: dict, metric: str, digits: int) -> None:
     panel.annotate(f"{found['mean']:.{digits}f}", (end, place), (5, 0), textcoords="offset points", va="center", size=8)
 
 
-def training(path: Path, stage: str, seeds: list[list[dict]]) -> None:
+def training(path: Path, stage: str, logs: list[list[dict]]) -> None:
     """Loss terms, learning rate, gradient norm and throughput against steps; one line a seed."""
+    seeds = [[entry for entry in log if "terms" in entry] for log in logs]  # without the evaluation before the first
     terms = list(seeds[0][0]["terms"])
     with figure(path, 4, width=3.6, height=2.9, columns=2) as (loss, rate, norm, speed):
         for colour, term in zip(LINES * len(terms), terms, strict=False):
             for log in seeds:
                 _line(loss, log, lambda entry, term=term: entry["terms"].get(term), colour, term, smooth=True)
+        for log in logs:
+            _line(loss, log, lambda entry: entry.get("heldout"), "#222222", "held-out")
         for log in seeds:
             _line(rate, log, lambda entry: entry["lr"], LINES[0], "")
             _line(norm, log, lambda entry: entry["grad_norm"], LINES[0], "", smooth=True)
@@ -108,23 +112,3 @@ def _running_median(values: tuple[float, ...]) -> list[float]:
 def _legend(panel) -> None:
     handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))  # one entry for all seeds
     panel.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
-
-
-@contextmanager
-def figure(path: Path, panels: int, *, width: float, height: float, columns: int | None = None, names: bool = False):
-    """A grid of panels without chart junk, saved as PNG when the block ends well."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = columns or panels
-    rows = -(-panels // columns)
-    drawing = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(drawing)
-    grid = drawing.subplots(rows, columns, squeeze=False, sharey=names).flatten()
-    for panel in grid:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-        panel.xaxis.label.set_size(9)
-        panel.yaxis.label.set_size(9)
-    yield grid
-    drawing.savefig(path, dpi=DOTS_PER_INCH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distill.report import savings
 from growth import console
 
 # The table
@@ -30,13 +31,20 @@ def heading(facts: dict) -> str:
 def value_text(report: dict, row: dict, metric: str) -> str:
     """A figure as it is printed everywhere."""
     if metric not in row["metrics"]:
-        return "-"
+        return "not reached" if metric == "saving" and _raced(report, row) else "-"
     return f"{row['metrics'][metric]['mean']:,.{report['metrics'][metric]['digits']}f}"
 
 
 def error_text(report: dict, row: dict, metric: str) -> str:
+    """The noise of the test items; of a saving, which has none, that of the seeds."""
+    if metric == "saving":
+        return savings.bounds(_raced(report, row), report["metrics"][metric]["digits"])
     error = row["metrics"].get(metric, {}).get("error")
     return "" if error is None else f" ± {error:.{report['metrics'][metric]['digits']}f}"
+
+
+def _raced(report: dict, row: dict) -> savings.Runner | None:
+    return next((runner for runner in report["runners"] if runner.name == row["name"] and runner.outcomes), None)
 
 
 def best_text(report: dict, metric: str) -> str | None:
@@ -65,13 +73,16 @@ def _seeds(report: dict) -> str:
 
 
 def sentences(report: dict) -> list[str]:
-    """What distillation was worth: one sentence a student, computed from the figures."""
-    return [" ".join(_sentence(report, row)) for row in report["rows"] if row["role"] == "student"]
+    """What it was worth, computed from the figures: what training saved, and one sentence a student."""
+    students = [row for row in report["rows"] if row["role"] == "student"]
+    return [*savings.sentences(report["runners"]), *(text for row in students if (text := _sentence(report, row)))]
 
 
-def _sentence(report: dict, student: dict) -> Iterator[str]:
+def _sentence(report: dict, student: dict) -> str:
     parts = [text for text in (_against_teacher(report, student), *_against_others(report, student)) if text]
-    yield f"{student['name']}: " + ("; ".join(parts) if parts else "nothing to compare with") + "."
+    if not parts:
+        return "" if _raced(report, student) else f"{student['name']}: nothing to compare with."
+    return f"{student['name']}: {'; '.join(parts)}."
 
 
 def _against_teacher(report: dict, student: dict) -> str:
@@ -144,8 +155,10 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         *_every_seed(report),
         *(f"![{caption}]({file})" for caption, file in pictures.items()),
         "## Where",
-        f"{machine['cores']} cores of {machine['cpu']}, {console.size(machine['memory'])} memory, "
-        f"GPU: {machine['gpu'] or 'none'}. " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".",
+        f"{machine['cores']} core{'s'[: machine['cores'] != 1]} of {machine['cpu']}, "
+        f"{console.size(machine['memory'])} memory, GPU: {machine['gpu'] or 'none'}. "
+        + ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+        + ".",
         f"```\n{report['command']}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -263,12 +263,15 @@ def test_a_loss_that_was_not_reached_is_said_in_table_and_sentence(tmp_path, mon
 
 
 def test_the_axis_is_logarithmic_beyond_a_decade_only(tmp_path, monkeypatch):
-    scales = []
-    monkeypatch.setattr("distill.report.curves._level", lambda panel, *_: scales.append(panel.get_xscale()))
+    panels = []
+    monkeypatch.setattr("distill.report.curves._level", lambda panel, *_: panels.append(panel))
     for last in (5e3, 1e6):
         seeds = [power_law(1e3, last, 8)]
         race(tmp_path / "x.png", [savings.runner("scratch", seeds, seeds, [])])
-    assert scales == ["linear", "log"]
+        left, right = panels[-1].get_xlim()
+        bottom, top = panels[-1].get_ylim()
+        assert left < last < right and bottom < seeds[0].loss[-1] < top
+    assert [panel.get_xscale() for panel in panels] == ["linear", "log"]
 
 
 @pytest.mark.parametrize(

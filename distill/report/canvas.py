@@ -24,7 +24,7 @@ def figure(path: Path, panels: int, *, width: float, height: float, columns: int
     grid = drawing.subplots(rows, columns, squeeze=False, sharey=names).flatten()
     for panel in grid:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(which="both", labelsize=8)
         panel.xaxis.label.set_size(9)
         panel.yaxis.label.set_size(9)
     yield grid

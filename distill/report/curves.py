@@ -67,7 +67,8 @@ def _scales(panel, runners: list[Runner]) -> None:
     panel.set_ylim(low - 0.16 * (top - low), top + 0.1 * (top - low))
     if dearest > 10 * min(x for x, _ in drawn if x):
         panel.set_xscale("log")
-    panel.set_xlim(left=0.8 * min(x for x, y in drawn if x and y <= top))
+    left = min(x for x, y in drawn if x and y <= top)
+    panel.set_xlim(0.8 * left if panel.get_xscale() == "log" else 0, 1.1 * dearest)
 
 
 def _level(panel, scratch: Runner, raced: list[Runner]) -> None:
@@ -80,5 +81,4 @@ def _level(panel, scratch: Runner, raced: list[Runner]) -> None:
     for i, runner in enumerate(raced):
         met = cost * (1 - mean(runner.shares))
         panel.annotate("", (met, level), (cost, level), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.3})
-        panel.annotate(f"{runner.name}: {percent(runner)}", (min(met, cost), level), (-4, -12 * (i + 1)), ha="right",
-                       textcoords="offset points", size=8)  # fmt: skip
+        panel.text(0.01, 0.02 + 0.045 * i, f"{runner.name}: {percent(runner)}", size=8, transform=panel.transAxes)

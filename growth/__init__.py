@@ -4,6 +4,7 @@ from growth.checkpoint import Checkpoint, open, write
 from growth.cut import cut
 from growth.depth import insert, stack
 from growth.inspect import inspect
+from growth.learn import learn
 from growth.merge import merge
 from growth.moments import moments
 from growth.operate import Output
@@ -20,6 +21,7 @@ __all__ = [
     "cut",
     "insert",
     "inspect",
+    "learn",
     "merge",
     "moments",
     "open",

@@ -55,6 +55,19 @@ def checked(order: Sequence[int], layers: int) -> list[int]:
     return [layer % layers for layer in order]
 
 
+def ordered(layers: int, factor: int, order: str | Sequence[int]) -> list[int]:
+    """The old layer of each new one, as users say it."""
+    ways = {"stack": stacked, "interleave": interleaved}
+    if isinstance(order, str) and order in ways:
+        return ways[order](layers, factor)
+    return parse_order(order, layers) if isinstance(order, str) else checked(order, layers)
+
+
+def beside(src: str | Path, factor: int) -> Path:
+    """Where a stacked checkpoint is written if nothing is said."""
+    return Path(src).resolve().with_name(f"{Path(src).resolve().name}-x{factor}")
+
+
 def stack(
     src: Any = ".",
     dst: str | Path | None = None,
@@ -71,19 +84,14 @@ def stack(
     Without `dst` it is written beside the source as `<name>-x2`. A model in memory gives a model.
     """
     if dst is None and not in_memory(src):
-        src = Path(src).resolve()
-        dst = src.with_name(f"{src.name}-x{factor}")
+        dst = beside(src, factor)
     if factor < 1 or how not in HOW:
         raise UsageError(f"factor {factor}: at least 1" if factor < 1 else f"how {how!r}: one of {', '.join(HOW)}")
     if how == "zero":
         _refuse_post_norm(src)
 
     def layers(n: int) -> Layers:
-        ways = {"stack": stacked, "interleave": interleaved}
-        if isinstance(order, str) and order in ways:
-            places = ways[order](n, factor)
-        else:
-            places = parse_order(order, n) if isinstance(order, str) else checked(order, n)
+        places = ordered(n, factor, order)
         new = Layers.of(places).new
         return Layers.of(places, silent=new if how == "zero" else (), random=new if how == "random" else ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -85,3 +86,51 @@ def planned(kind: type, config: Mapping[str, Any]):
 
     with torch.device("meta"):
         return kind(kind.config_class.from_dict(dict(config)))
+
+
+def empty(kind: type, config: Mapping[str, Any], dtype: Any, device: Any):
+    """The model of a config with storage, and nothing in it yet."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = kind(kind.config_class.from_dict(dict(config)))
+    model.tie_weights()
+    model.config._experts_implementation = "eager"  # grouped_mm wants sizes that suit a GPU
+    return model.to(device, dtype).eval()
+
+
+def stored(model: Any) -> dict[str, tuple[str, Window]]:
+    """Where each tensor of a checkpoint lies in the model: the parameter, and what part of it."""
+    return {
+        name: (owner, window) for owner, p in model.named_parameters() for name, window in _windows(model, owner, p)
+    }
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor):
+        return tensor.as_strided(self.shape, self.strides, self.offset)
+
+
+def _windows(model: Any, owner: str, p: Any) -> Iterator[tuple[str, Window]]:
+    """Experts lie in one tensor and are stored one by one: numbers in their place tell which goes where."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    (name, same), *others = revert_weight_conversion(model, {owner: p.data}).items()
+    if not others and same.data_ptr() == p.data_ptr():
+        yield name, Window(tuple(p.shape), p.stride(), 0)
+        return
+    numbers = torch.arange(p.numel()).view(p.shape)
+    for name, part in revert_weight_conversion(model, {owner: numbers}).items():
+        first = int(part.flatten()[0])
+        steps = [int(part.select(d, 1).flatten()[0]) - first if n > 1 else 1 for d, n in enumerate(part.shape)]
+        window = Window(tuple(part.shape), tuple(steps), first)
+        assert torch.equal(window.of(numbers), part), f"{name} is no window of {owner}"
+        yield name, window

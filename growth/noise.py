@@ -11,9 +11,15 @@ def drawn(shape: tuple[int, ...], name: str, seed: int, dtype):
     """Normal numbers, the same for a tensor's name and seed whatever is drawn before."""
     import torch
 
+    return torch.randn(shape, generator=generator(name, seed), dtype=dtype)
+
+
+def generator(name: str, seed: int):
+    """A source of random numbers that no other name and seed has."""
+    import torch
+
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    draw = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    return torch.randn(shape, generator=draw, dtype=dtype)
+    return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
 
 def between_copies(noise, dim: int, units: Units, extra: bool):

@@ -50,16 +50,16 @@ def on_text(a: Any, b: Any, text: str | Path, characters: int = CHARACTERS) -> l
     """Both models on the beginning of a file, in float32, each with its own tokenizer if it has one."""
     sources = seen(a), seen(b)
     anatomies = [dissect(source) for source in sources]
-    words = _beginning(Path(text), characters)
+    words = beginning(Path(text), characters)
     tokenizers = _tokenizers(a, b)
-    kinds = [_kind(anatomy) for anatomy in anatomies]
+    kinds = [kind_of(anatomy) for anatomy in anatomies]
     both = list(zip(sources, anatomies, tokenizers, strict=True))
     if None in kinds or kinds[0] != kinds[1]:
         return _alike(*(_vectors(*each, words) for each in both))
     return [_loss(*each, words, kinds[0]) for each in both]
 
 
-def _beginning(path: Path, characters: int) -> str:
+def beginning(path: Path, characters: int) -> str:
     if not path.is_file():
         raise UserError(f"{path} is not a text file")
     try:
@@ -72,20 +72,20 @@ def _beginning(path: Path, characters: int) -> str:
     return words
 
 
-def _kind(anatomy: Anatomy) -> str | None:
+def kind_of(anatomy: Anatomy) -> str | None:
     name = next(iter(anatomy.config.get("architectures") or []), "")
     return next((kind for kind, ends in KINDS.items() if name.endswith(ends)), None)
 
 
 def _tokenizers(a: Any, b: Any) -> list[Any]:
     """Each one's own, or the other's where there is none: a result with the same tokens may have come without."""
-    found = [None if in_memory(one) else _tokenizer(Path(one)) for one in (a, b)]
+    found = [None if in_memory(one) else tokenizer_of(Path(one)) for one in (a, b)]
     if found == [None, None]:
         raise UserError(f"neither {a} nor {b} has a tokenizer (tokenizer.json), so no text can be read")
     return [one or other for one, other in (found, reversed(found))]
 
 
-def _tokenizer(path: Path) -> Any:
+def tokenizer_of(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")):
@@ -96,7 +96,7 @@ def _tokenizer(path: Path) -> Any:
         raise UserError(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _windows(tokenizer: Any, words: str, length: int, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
+def windows(tokenizer: Any, words: str, length: int, anatomy: Anatomy, number: int = ROWS) -> Iterator[dict[str, Any]]:
     """Batches of windows that follow each other: ids, and which of them are text."""
     import torch
 
@@ -105,8 +105,8 @@ def _windows(tokenizer: Any, words: str, length: int, anatomy: Anatomy) -> Itera
     rows = tokenizer(words, **how, return_special_tokens_mask=True)
     if (worst := max(map(max, rows["input_ids"]))) >= anatomy.sizes["vocab"]:
         raise UserError(f"the tokenizer gives token {worst}, and the model has {anatomy.sizes['vocab']}")
-    for at in range(0, len(rows["input_ids"]), ROWS):
-        ids, special = (rows[name][at : at + ROWS] for name in ("input_ids", "special_tokens_mask"))
+    for at in range(0, len(rows["input_ids"]), number):
+        ids, special = (rows[name][at : at + number] for name in ("input_ids", "special_tokens_mask"))
         wide = max(map(len, ids))
         yield {
             "input_ids": torch.tensor([row + [0] * (wide - len(row)) for row in ids]),  # [B, T]
@@ -121,7 +121,7 @@ def _loss(checkpoint: Any, anatomy: Anatomy, tokenizer: Any, words: str, kind: s
     model = load(checkpoint, anatomy, torch.float32)
     predict = _next if kind == "next" else _hidden(tokenizer, checkpoint, SEED)
     total, tokens = 0.0, 0
-    for batch in _windows(tokenizer, words, LENGTH, anatomy):
+    for batch in windows(tokenizer, words, LENGTH, anatomy):
         logits, targets = predict(model, batch)  # [N, V], [N]
         total += float(torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum"))
         tokens += len(targets)
@@ -168,7 +168,7 @@ def _vectors(checkpoint: Any, anatomy: Anatomy, tokenizer: Any, words: str):
     model = load(checkpoint, anatomy, torch.float32)
     body = model.get_encoder() if anatomy.config.get("is_encoder_decoder") else model.base_model
     means = []
-    for batch in _windows(tokenizer, words, PASSAGE, anatomy):
+    for batch in windows(tokenizer, words, PASSAGE, anatomy):
         real = batch["attention_mask"]
         with torch.no_grad():
             hidden = body(input_ids=batch["input_ids"], attention_mask=real)["last_hidden_state"].double()  # [B, T, D]

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from distill.shards import Column
 from distill.spans import Writing, shared, spans
+
+COLUMNS = {"log_likelihoods": Column("float32", ragged=True, unit="nat")}  # of a store: a row's spans, in their order
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""Models of different tokenisers compared over spans of the same text. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distill.objectives.protocol import Needs
+from distill.schedules import Schedule, Value
+
+Kind = Literal["likelihood", "shared", "sorted"]
+
+
+class Aligned(Value):
+    """The student gives each span of text what the teacher gives it; mean over spans. For causal models.
+
+    `likelihood`: how probable the span is, by the chain rule, against everything else (ALM: Minixhofer et al. 2025,
+    arXiv 2503.20083). `shared`: at the start of each span, what comes next: the pieces that both have, the others as
+    one; with equal tokenisers the divergence of whole distributions. `sorted`: the same place, probabilities by rank
+    whatever they are of (ULD: Boizard et al. 2024, arXiv 2402.12030).
+    """
+
+    target: str = Field(description="a teacher, by its name in targets")
+    kind: Kind = Field("likelihood", description="likelihood: of spans; shared, sorted: of what comes next")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="divides log-likelihoods, or logits")
+    weight: Schedule = Field(Schedule.constant(1.0), description="factor on this loss")
+
+    def needs(self) -> Needs:
+        return Needs(head="causal")
+
+    def check(self, student, target) -> list[str]:
+        return [
+            f"aligned: the {who} ({facts.family}) does not predict the next token; models of one tokeniser can be "
+            "compared at masked ones"
+            for who, facts in (("student", student), ("teacher", target))
+            if not facts.causal
+        ]
+
+    def count(self, batch) -> dict:
+        from distill.objectives.aligned_sum import span_count
+
+        spans, theirs = (batch[f"{self.target}.{side}"] for side in ("spans", "teacher_spans"))
+        return {self.kind: span_count(spans, theirs)}
+
+    def terms(self, student, target, batch) -> dict:
+        """`target.logits` are those of the teacher's own rows, `{target}.ids` and `{target}.segments` of the batch."""
+        from distill.objectives.aligned_sum import Predicted, aligned_sum
+
+        ids = batch["labels"], batch[f"{self.target}.ids"]
+        segments = batch["segment_ids"], batch[f"{self.target}.segments"]
+        spans = batch[f"{self.target}.spans"], batch[f"{self.target}.teacher_spans"]
+        sides = [
+            Predicted.of(trace.logits, *side)
+            for trace, *side in zip((student, target), ids, segments, spans, strict=True)
+        ]
+        shared = batch.get(f"{self.target}.shared")
+        return {self.kind: aligned_sum(*sides, self.kind, self.temperature, None if shared is None else shared[0])}

@@ -93,12 +93,13 @@ def stack(src, dst, output, **asked):
 @click.argument("dst")
 @click.option("--layers", type=int, help="How many blocks, evenly spread.")
 @click.option("--after", help="Behind these layers instead, such as 3,7,11.")
+@click.option("--approximate", is_flag=True, help="Nearly the identity, where it cannot be had (BERT's norms).")
 @writing
-def insert(src, dst, layers, after, output):
+def insert(src, dst, after, output, **asked):
     """Insert blocks that start as the identity: the function stays exactly the same."""
     from growth.depth import insert
 
-    return insert(src, dst, layers=layers, after=None if after is None else numbers(after), output=output)
+    return insert(src, dst, after=None if after is None else numbers(after), **asked, output=output)
 
 
 @main.command()

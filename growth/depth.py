@@ -105,15 +105,18 @@ def insert(
     *,
     layers: int | None = None,
     after: Sequence[int] | None = None,
+    approximate: bool = False,
     output: Output = PLAIN,
 ) -> Any:
     """Blocks that change nothing: copies whose residual writers, weights and biases, are zero. The function stays.
 
-    So many `layers`, evenly spread, or one behind each layer of `after`.
+    So many `layers`, evenly spread, or one behind each layer of `after`. Where a norm stands behind every residual sum
+    (BERT), no block can be the identity; `approximate` allows one whose norms come near it.
     """
     if (layers is None) == (after is None) or (layers is not None and layers < 1):
         raise UsageError("say either how many layers to insert (at least 1) or after which ones")
-    _refuse_post_norm(src)
+    if not approximate:
+        _refuse_post_norm(src)
 
     def with_identities(n: int) -> Layers:
         behind = sorted(checked(after, n) if after is not None else evenly(n, layers))
@@ -124,7 +127,7 @@ def insert(
             order += [layer] * (1 + copies)
         return Layers.of(order, silent)
 
-    arguments = {"layers": layers, "after": None if after is None else list(after)}
+    arguments = {"layers": layers, "after": None if after is None else list(after), "approximate": approximate}
     return transform("insert", arguments, src, dst, with_identities, output)
 
 
@@ -133,7 +136,7 @@ def _refuse_post_norm(src: Any) -> None:
     if family.norms == "post":
         raise UserError(
             f"{family.name} norms behind every residual sum, so no inserted block can be the identity;"
-            " `growth stack --order` copies layers instead (the function changes)"
+            " `growth insert --approximate` comes near, `growth stack --order` copies layers (the function changes)"
         )
 
 
@@ -155,11 +158,12 @@ def transform(
 
 def depth_facts(anatomy: Anatomy, maps: Mapping[str, Layers]) -> dict[str, Any]:
     """What the lineage says of a map of depth; identity blocks, and copies in place, are all that keep the function."""
-    exact = all(_keeps(layers, anatomy.sizes[axis]) for axis, layers in maps.items())
+    kept = all(_keeps(layers, anatomy.sizes[axis]) for axis, layers in maps.items())
+    near = anatomy.family.norms == "post" and any(layers.silent for layers in maps.values())
     return {
         "maps": {axis: layers.order or layers.sources for axis, layers in maps.items()},
         "new": {axis: layers.new for axis, layers in maps.items()},
-        "preserves": "exact" if exact else "no",
+        "preserves": "no" if not kept else "approximate" if near else "exact",
     }
 
 

@@ -74,6 +74,8 @@ def _stream(checkpoint: Checkpoint, anatomy: Anatomy, config: Mapping[str, Any],
             yield slot.name, _fresh(checkpoint[terms[0][0]], anatomy, slot)
         elif terms and slot.row.name in writers and _among(slot, maps, "silent"):
             yield slot.name, _zero(checkpoint[terms[0][0]], anatomy)
+        elif terms and slot.row.is_norm and anatomy.family.norms == "post" and _among(slot, maps, "silent"):
+            yield slot.name, _level(checkpoint, anatomy, slot, checkpoint[terms[0][0]], maps)
         elif terms:
             yield slot.name, _piece(checkpoint, terms)
 
@@ -99,6 +101,31 @@ def _fresh(like: Entry, anatomy: Anatomy, slot: Slot) -> Piece:
     deviation = anatomy.config.get("initializer_range", 0.02)
     return Computed(like.dtype, like.shape, lambda: (drawn(like.shape, slot.name, 0, None) * deviation).to(
         torch_dtype(like.dtype)))  # fmt: skip
+
+
+def _level(checkpoint: Checkpoint, anatomy: Anatomy, slot: Slot, like: Entry, maps: Mapping[str, Layers]) -> Piece:
+    """A norm that changes what another norm wrote as little as it can: one gain and one bias for all channels.
+
+    The norm below writes gain x n + bias with n of unit variance, so the mean over channels is about that of the
+    biases, and the variance the mean square of the gains plus the variance of the biases. What is left is how much
+    both differ between tokens.
+    """
+    import torch
+
+    ((axis, i),) = slot.at
+    below = next(maps[axis].main[j] for j in range(i, -1, -1) if j not in maps[axis].silent)
+    closing = [row.name for row in anatomy.family.rows if row.is_norm and row.in_place][-1]
+    names = {
+        place.part: name for place, name in anatomy.places.items() if place.key[::2] == (closing, ((axis, below),))
+    }
+
+    def make():
+        gain, bias = (checkpoint.tensor(names[part]).double() for part in (".weight", ".bias"))
+        spread = (gain.square().mean() + bias.var(correction=0)).sqrt()
+        value = spread if slot.part == ".weight" else bias.mean()
+        return torch.full(like.shape, float(value), dtype=torch_dtype(like.dtype))
+
+    return Computed(like.dtype, like.shape, make)
 
 
 def _zero(like: Entry, anatomy: Anatomy) -> Fill:

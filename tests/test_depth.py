@@ -133,8 +133,39 @@ def test_a_list_that_the_config_leaves_out_is_written_out_from_its_default(sourc
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_post_norm_models_cannot_have_identity_blocks_and_say_so(source, tmp_path, kind):
-    with pytest.raises(UserError, match="norms behind every residual sum"):
-        growth.insert(source(kind), tmp_path / "x", layers=1)
+    for grow in (lambda: growth.insert(source(kind), tmp_path / "x", layers=1),
+                 lambda: growth.stack(source(kind), tmp_path / "x", how="zero")):  # fmt: skip
+        with pytest.raises(UserError, match=r"norms behind every residual sum.* --approximate. comes near"):
+            grow()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_blocks_of_post_norm_models_come_near_the_identity_where_that_is_asked_for(source, tmp_path, kind):
+    src = source(kind)
+    path = growth.insert(src, tmp_path / "x", layers=2, approximate=True)
+    made, old = growth.open(path), growth.open(src)
+    own = {name: old.tensor(LAYER.sub(r"\g<1>1", name)) if ".2." in name and "orm" in name else made.tensor(name)
+           for name in made}  # fmt: skip
+    naive = growth.write(tmp_path / "naive", made.config, own.items())
+    near, far, copied = (growth.verify(src, p).mean_abs for p in (
+        *(path, naive), growth.stack(src, tmp_path / "y", order=",".join(map(str, made_order(path))))))  # fmt: skip
+    assert growth.verify(src, path).promised == "approximate" and 1e-6 < near < far / 1.4 and near < copied / 3
+
+
+def made_order(path):
+    return json.loads((path / "growth.json").read_text())["maps"]["layers"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_they_are_the_identity_where_all_channels_have_one_gain_and_one_bias(source, tmp_path, kind):
+    """Then the mean and the variance under the norm are the same for every token, epsilon aside."""
+    old = growth.open(source(kind))
+    flat = {"orm.weight": 0.7, "orm.bias": 0.2}
+    fill = {n: next((v for end, v in flat.items() if n.endswith(end)), None) for n in old}
+    tensors = {n: old.tensor(n) if v is None else torch.full_like(old.tensor(n), v) for n, v in fill.items()}
+    src = growth.write(tmp_path / "flat", {**old.config, "layer_norm_eps": 1e-12}, tensors.items())
+    found = growth.verify(src, growth.insert(src, tmp_path / "x", layers=2, approximate=True))
+    assert found.max_abs < 1e-5 * found.largest
 
 
 def test_layers_that_depend_on_their_number_stay_where_they_are(tmp_path):

@@ -342,7 +342,7 @@ def test_a_wrong_recipe_is_refused(keys, expected):
 def test_recipes_need_no_torch():
     code = "import sys, distill.objectives as o; o.RelationKL(target='t', heads=4); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert set(OBJECTIVES) == {"relation_kl", "ce"}
+    assert set(OBJECTIVES) == {"relation_kl", "ce", "divergence"}
 
 
 # Known gradients
@@ -378,7 +378,7 @@ def test_only_what_learns_gets_a_gradient():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logits_in_block", [1, 40, 2**20])
 def test_cross_entropy_is_that_of_torch(dtype, logits_in_block, monkeypatch):
-    monkeypatch.setattr(token_sum, "LOGITS", logits_in_block)
+    monkeypatch.setattr(token_sum, "STRIP", logits_in_block)
     logits, targets = (5 * draw(9, 13, dtype=dtype)).requires_grad_(), torch.arange(9)
     wide = logits.detach().double().requires_grad_()
     ours, theirs = cross_entropy(logits, targets), F.cross_entropy(wide, targets)
@@ -397,7 +397,7 @@ def test_cross_entropy_of_no_row_is_zero():
 
 
 def test_no_float32_copy_of_half_precision_logits_exists(monkeypatch):
-    monkeypatch.setattr(token_sum, "LOGITS", 50)
+    monkeypatch.setattr(token_sum, "STRIP", 50)
     logits = draw(200, 13, dtype=torch.bfloat16).requires_grad_()
     with Largest(torch.float32) as seen:
         cross_entropy(logits, torch.arange(200) % 13).backward()

@@ -1,6 +1,6 @@
 """Losses: frozen values for recipes (`OBJECTIVES`), plain functions on tensors for any other loop. No torch.
 
-from distill.objectives import cross_entropy, relation_kl
+from distill.objectives import cross_entropy, divergence, relation_kl
 """
 
 from __future__ import annotations
@@ -8,15 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 
 from distill.objectives.ce import CrossEntropy
+from distill.objectives.distribution import Divergence
 from distill.objectives.protocol import Needs, Objective
 from distill.objectives.relation import RelationKL
 
-OBJECTIVES = {"relation_kl": RelationKL, "ce": CrossEntropy}
+OBJECTIVES = {"relation_kl": RelationKL, "ce": CrossEntropy, "divergence": Divergence}
 
 # plain function -> the module that brings torch with it
-FUNCTIONS = {"relation_kl": "relation_sum", "cross_entropy": "token_sum", "scored": "token_sum"}
+FUNCTIONS = {
+    "relation_kl": "relation_sum",
+    "cross_entropy": "token_sum",
+    "divergence": "token_sum",
+    "scored": "token_sum",
+}
 
-__all__ = ["FUNCTIONS", "OBJECTIVES", "CrossEntropy", "Needs", "Objective", "RelationKL", *FUNCTIONS]
+__all__ = ["FUNCTIONS", "OBJECTIVES", "CrossEntropy", "Divergence", "Needs", "Objective", "RelationKL", *FUNCTIONS]
 
 
 def __getattr__(name: str):

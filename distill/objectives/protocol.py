@@ -17,11 +17,13 @@ Head = Literal["mlm", "causal"]
 
 
 class Needs(NamedTuple):
-    """What an objective reads: taps of the student and of its target, and which head gives the student's logits."""
+    """What an objective reads: taps of the student and of its target, which head gives the student's logits, and
+    whether the target's are wanted as well."""
 
     student: frozenset[Tap] = frozenset()
     target: frozenset[Tap] = frozenset()
     head: Head | None = None
+    target_head: bool = False
 
 
 class Objective(Protocol):

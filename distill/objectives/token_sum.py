@@ -1,15 +1,28 @@
-"""Cross-entropy over a vocabulary in blocks of rows: no float32 copy of the logits, gradient in the forward pass."""
+"""Losses of tokens over a vocabulary, in chunks of rows: the logits never all exist, gradient in the forward pass.
+
+A chunk's logits X = hidden W^T are made, overwritten by the derivative G = dL/dX and used up: d hidden = G W,
+dW += G^T hidden. That is three products of the student and one of the teacher, where making logits again in backward
+takes four and two. Softmax and divergence work through a chunk in strips that fit a cache.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.heads import Logits
+from distill.objectives.divergences import Distribution, kind_of, slope
 from distill.objectives.known import known, softmax_rows
 
-LOGITS = 2**20  # of one block: 4 MiB in float32
+CHUNK, CHUNK_ON_A_GPU = 128, 1024  # rows of a chunk: measured (benchmarks/LOG.md); a guess
+STRIP, STRIP_ON_A_GPU = 2**18, 2**25  # logits of a strip: measured; a guess
 IGNORED = -100
+
+RowLoss = Callable[..., tuple[Tensor, Tensor]]
+"""(rows, student's logits [n, V], teacher's or None) -> loss of each row [n] and its derivative by the student's."""
 
 
 def scored(labels: Tensor, segments: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -25,23 +38,164 @@ def scored(labels: Tensor, segments: Tensor, *, causal: bool) -> tuple[Tensor, T
     return rows, labels[rows]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of rows [N, V] against targets [N]; 0 without rows. Float32 inside, whatever they are."""
+def sequence_means(segments: Tensor, rows: Tensor) -> tuple[Tensor, int]:
+    """Weights [N] of rows with which a sum is one of the sequences' means, and the number of those with any row."""
+    names = torch.arange(len(segments), device=segments.device)[:, None] * (segments.max() + 1) + segments
+    _, sequence, lengths = names.flatten()[rows].unique(return_inverse=True, return_counts=True)
+    return 1 / lengths.double()[sequence], len(lengths)
+
+
+def cross_entropy(logits: Tensor | Logits, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of rows against targets [N]; 0 without rows. Float32 inside, whatever they are."""
     return cross_entropy_sum(logits, targets) / max(len(targets), 1)
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over rows of log-sum-exp minus the target's logit; its gradient softmax - one-hot is kept in their dtype."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    learns = torch.is_grad_enabled() and logits.requires_grad
-    with torch.no_grad():
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        gradient = torch.empty_like(logits) if learns else None  # [N, V]
-        rows = max(1, LOGITS // logits.shape[-1])
-        for block in (slice(i, i + rows) for i in range(0, len(targets), rows)):
-            x, target = logits[block].to(dtype), targets[block, None]
-            p = torch.empty_like(x)
-            total += (softmax_rows(x, out=p) - x.gather(1, target).squeeze(1)).sum(dtype=torch.float64)
+def cross_entropy_sum(logits: Tensor | Logits, targets: Tensor) -> Tensor:
+    """Sum over rows of log-sum-exp minus the target's logit."""
+    return token_sum(_logits(logits), None, against_labels(targets))
+
+
+def divergence(
+    student: Tensor | Logits,
+    teacher: Tensor | Logits,
+    kind: str = "forward_kl",
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    weights: Tensor | None = None,
+    targets: Tensor | None = None,
+    ce: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far the student's next tokens are from the teacher's: kinds in `distill.objectives.divergences`.
+
+    Both sides are logits [N, V] (log-probabilities will do) or `Logits`, which are never made whole; hidden sizes may
+    differ. Entries that only one side has are padding of its head and are left out. `temperature` divides both
+    sides' logits, `temperature_squared` multiplies the result by its square. `weights` [N] are factors of rows;
+    `ce` times the cross-entropy against `targets` [N] is added in the same pass. `reduction`: "mean" over rows, "sum".
+    The student gets gradients, the teacher none.
+    """
+    loss = against_teacher(kind_of(kind, beta, alpha), temperature, temperature_squared)
+    if ce:
+        loss = both(loss, against_labels(targets), ce)
+    total = token_sum(_logits(student), _logits(teacher), loss, weights)
+    return total / max(_logits(student).rows, 1) if reduction == "mean" else total
+
+
+def token_sum(student: Logits, teacher: Logits | None, loss: RowLoss, weights: Tensor | None = None) -> Tensor:
+    """Sum over rows of weight x loss; its gradient is that of the student's hidden states and head."""
+    width = min(side.vocabulary for side in (student, teacher) if side)
+    student, teacher = student.trimmed(width), teacher and teacher.trimmed(width)
+    dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
+    learns = torch.is_grad_enabled() and student.learns
+    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+        total = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
+        gradients = _Gradients(student, dtype) if learns else None
+        for rows in _cuts(0, student.rows, _chunk(student)):
+            x, y = student.product(rows), teacher and teacher.product(rows)  # [chunk, V]
+            room = gradients.room(rows, x) if learns else None
+            for strip in _cuts(rows.start, rows.stop, _strip(x)):
+                here = slice(strip.start - rows.start, strip.stop - rows.start)
+                logits = student.finish(x[here].to(dtype))  # [strip, V]
+                values, by_logits = loss(strip, logits, teacher and teacher.finish(y[here].to(dtype)))
+                if weights is not None:
+                    values, by_logits = values * weights[strip], by_logits * weights[strip, None].to(dtype)
+                total += values.sum(dtype=torch.float64)
+                if learns:
+                    room[here] = student.through(by_logits, logits)
             if learns:
-                gradient[block] = p.scatter_add_(1, target, torch.full_like(x[:, :1], -1))
-    return known(total.to(dtype), {logits: gradient} if learns else {})
+                gradients.add(rows, room)
+    return known(total.to(dtype), gradients.found if learns else {})
+
+
+class _Gradients:
+    """Of what makes the student's logits: summed in float32 over chunks, a head's products in its own dtype."""
+
+    def __init__(self, student: Logits, dtype: torch.dtype):
+        self.student = student
+        given = [x for x in (student.hidden, student.weight, student.bias) if x is not None and x.requires_grad]
+        self.found = {
+            x: torch.empty_like(x) if x is student.hidden else torch.zeros_like(x, dtype=dtype) for x in given
+        }
+
+    def room(self, rows: slice, product: Tensor) -> Tensor:
+        """Where the derivative of these rows goes: where their logits were, or at once to its place."""
+        return self.found[self.student.hidden][rows] if self.student.weight is None else product
+
+    def add(self, rows: slice, slope: Tensor) -> None:
+        """d hidden = G W, dW += G^T hidden, db += the sum of G."""
+        hidden, weight, bias = self.student.hidden, self.student.weight, self.student.bias
+        if weight is None:
+            return
+        if hidden in self.found:
+            torch.mm(slope, weight, out=self.found[hidden][rows])
+        if weight in self.found:
+            _add_product(self.found[weight], slope.mT, hidden[rows])
+        if bias in self.found:
+            self.found[bias] += slope.sum(0, dtype=self.found[bias].dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def against_labels(targets: Tensor) -> RowLoss:
+    """Cross-entropy: softmax - one-hot."""
+
+    def loss(rows: slice, logits: Tensor, _) -> tuple[Tensor, Tensor]:
+        target, p = targets[rows, None], torch.empty_like(logits)
+        values = softmax_rows(logits, out=p) - logits.gather(1, target).squeeze(1)
+        return values, p.scatter_add_(1, target, torch.full_like(logits[:, :1], -1))
+
+    return loss
+
+
+def against_teacher(kind: Callable, temperature: float = 1.0, squared: bool = False) -> RowLoss:
+    """A divergence of softmax(teacher / T) and softmax(student / T), times T squared if asked for."""
+    factor = temperature**2 if squared else 1.0
+
+    def loss(rows: slice, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = (_distribution(x if temperature == 1 else x / temperature) for x in (teacher, logits))
+        values, along = kind(p, q)
+        by_logits = slope(q, along)
+        return values * factor, by_logits if factor == temperature else by_logits.mul_(factor / temperature)
+
+    return loss
+
+
+def both(first: RowLoss, second: RowLoss, share: float) -> RowLoss:
+    """first + share x second."""
+
+    def loss(*given) -> tuple[Tensor, Tensor]:
+        (values, slopes), (others, more) = first(*given), second(*given)
+        return values + share * others, slopes.add_(more, alpha=share)
+
+    return loss
+
+
+def _distribution(logits: Tensor) -> Distribution:
+    probability = torch.empty_like(logits)
+    return Distribution(logits - softmax_rows(logits, out=probability)[:, None], probability)
+
+
+def _logits(given: Tensor | Logits) -> Logits:
+    return given if isinstance(given, Logits) else Logits(given)
+
+
+def _cuts(first: int, end: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, end)) for i in range(first, end, size))
+
+
+def _chunk(student: Logits) -> int:
+    if student.weight is None:
+        return max(1, student.rows)
+    return CHUNK if student.hidden.device.type == "cpu" else CHUNK_ON_A_GPU
+
+
+def _strip(x: Tensor) -> int:
+    return max(1, (STRIP if x.device.type == "cpu" else STRIP_ON_A_GPU) // x.shape[1])

@@ -1,0 +1,104 @@
+"""Logits as what makes them: rows of hidden states and the head's own weights, never rows x vocabulary at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from growth.errors import UserError
+
+PROBES = (0.0, 1e-6, 1.0, 1e30)  # nothing, where a cap is not felt, between, where only the cap is left
+
+
+@dataclass(frozen=True)
+class Logits:
+    """N rows of cap(scale * (hidden W^T + bias)), cap(x) = softcap * tanh(x / softcap); without a weight, `hidden`."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor | None = None  # [V, D]; under ZeRO-3 read inside the module that goes through the engine
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.hidden.shape[1] if self.weight is None else len(self.weight)
+
+    @property
+    def learns(self) -> bool:
+        return any(x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
+
+    def trimmed(self, vocabulary: int) -> Logits:
+        """Without the entries after the first `vocabulary`: a padded head has rows that stand for no token."""
+        if vocabulary == self.vocabulary:
+            return self
+        if self.weight is None:
+            return replace(self, hidden=self.hidden[:, :vocabulary])
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return replace(self, weight=self.weight[:vocabulary], bias=bias)
+
+    def product(self, rows: slice) -> Tensor:
+        """hidden W^T + bias of some rows [n, V], in their dtype, as the model's own linear layer has it."""
+        return self.hidden[rows] if self.weight is None else nn.functional.linear(self.hidden[rows], *self.linear)
+
+    @property
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Logits of a product."""
+        scaled = product if self.scale == 1 else product * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+    def through(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """A derivative by the logits, as one by the product."""
+        if self.softcap is not None:
+            slope = slope * (1 - (logits / self.softcap) ** 2)
+        return slope if self.scale == 1 else slope * self.scale
+
+    def whole(self) -> Tensor:
+        """All of them [N, V]: for a few rows."""
+        return self.finish(self.product(slice(None)))
+
+
+@contextmanager
+def unmade(model: nn.Module) -> Iterator[list]:
+    """Inside, the model's last linear layer keeps what it is given in the list handed out and makes no logits.
+
+    It answers with a few numbers instead. `of` reads from what the model makes of them how it scales and caps logits:
+    no table of families.
+    """
+    head, kept = model.get_output_embeddings(), []
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no language-model head, so there are no logits to take")
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(hidden)
+        return torch.tensor(PROBES, dtype=torch.float64, device=hidden.device).view(1, -1, 1)
+
+    head.forward = keep
+    try:
+        yield kept
+    finally:
+        del head.forward
+
+
+def of(model: nn.Module, hidden: Tensor, answer: Tensor) -> Logits:
+    """The logits of hidden rows [N, D], given the model's `answer` to the probes."""
+    nothing, least, one, most = answer.flatten().tolist()
+    softcap = most if most < 1e6 else None
+    scale = least / PROBES[1] if softcap else one
+    head = model.get_output_embeddings()
+    found = Logits(hidden, head.weight, head.bias, scale if abs(scale - 1) > 1e-6 else 1.0, softcap)
+    expected = float(found.finish(torch.tensor(1.0, dtype=torch.float64)))
+    if nothing != 0 or abs(expected - one) > 1e-5 * abs(one):
+        raise UserError(f"{type(model).__name__} does more to its logits than scale and cap them")
+    return found

@@ -59,6 +59,7 @@ def facts(source) -> Facts:
     """
     config = source if isinstance(source, transformers.PreTrainedConfig) else loading.configuration(source)
     base = loading.skeleton(loading.class_of(config, None), config, {})
+    base.config._experts_implementation = "batched_mm"  # the one that asks for no values
     whole = loading.architecture(config)
     body, head = _multiplied(config, base)
     with torch.no_grad(), taps.tap(base, [(role, -1) for role in taps.ROLES]) as seen:

@@ -7,17 +7,18 @@ applied to a model on the meta device it gives what that would be, from which a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 import growth
 from distill.schedules import Several, Value
 from growth import depth, width
 from growth.merge import HOW as WAYS_TO_MERGE
 from growth.operate import PLAIN
+from growth.sizes import Sizes
 from growth.vocabulary import HOW as NEW_ROWS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -87,24 +88,24 @@ class Insert(Operator):
     function = staticmethod(growth.insert)
     layers: Positive | None = Field(None, description="how many blocks, evenly spread")
     after: Several[int] | None = Field(None, description="behind these layers instead")
+    approximate: bool = Field(False, description="where norms stand behind residual sums, come near the identity")
     check = _some_of("layers", "after", once=True)
 
 
-class Widen(Operator):
-    """More channels, heads, neurons or rows of the embeddings."""
-
+class _Widen(Operator):
     function = staticmethod(growth.widen)
-    hidden: Positive | None = Field(None, description="channels of the residual stream")
-    heads: Positive | None = Field(None, description="query heads")
-    kv_heads: Positive | None = Field(None, description="key-value heads")
-    ffn: Positive | None = Field(None, description="neurons of the feed-forward part")
-    head_size: Positive | None = Field(None, description="channels of a head")
-    vocab: Positive | None = Field(None, description="rows of the embeddings: zeros behind the tokens")
-    vocab_multiple: Positive | None = Field(None, description="or as many as make a multiple")
     how: Literal[width.HOW] = Field("exact", description="what new channels hold")
     noise: Annotated[float, Field(ge=0)] = Field(0.01, description="between copies; the function does not see it")
     seed: Seed = Field(None, description=AFRESH)
-    check = _some_of("hidden", "heads", "kv_heads", "ffn", "head_size", "vocab", "vocab_multiple")
+    check = _some_of(*(size.name for size in fields(Sizes)))
+
+
+Widen = create_model(
+    "Widen",
+    __base__=_Widen,
+    __doc__="More channels, heads, neurons or rows of the embeddings.",
+    **{size.name: (Positive | None, Field(None, description=size.metadata["help"])) for size in fields(Sizes)},
+)
 
 
 class Cut(Operator):
@@ -124,7 +125,7 @@ class Upcycle(Operator):
     """A mixture of experts that computes the same."""
 
     function = staticmethod(growth.upcycle)
-    experts: Positive = 8
+    experts: Positive = Field(8, description="copies of the feed-forward part")
     top: Positive = Field(2, description="experts for every token")
     noise: Annotated[float, Field(ge=0)] = Field(0.0, description="between experts; the function sees it")
     seed: Seed = Field(None, description=AFRESH)

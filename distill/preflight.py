@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill import fitting, world
-from distill.recipe import EngineSpec, OptimSpec, Recipe, Stage, StudentSpec
-from growth import families, files
-from growth.anatomy import Anatomy
-from growth.cut import kept
+import growth
+from distill import fitting, growing, hooks, world
+from distill.cost import Cost
+from distill.operators import Cut, Given
+from distill.recipe import CutSpec, EngineSpec, OptimSpec, Recipe, Stage, StudentSpec
+from growth import files
+from growth.anatomy import dissect
 from growth.errors import UsageError, UserError
-from growth.maps import Layers
-from growth.reindex import config_after
+
+
+class Said(Exception):
+    """What is wrong was said of an earlier stage."""
 
 
 class Planned:
@@ -26,19 +30,50 @@ class Planned:
     def __init__(self, recipe: Recipe, context):
         self.recipe, self.context = recipe, context
         self._facts: dict[str, Any] = {}
+        self._grown: dict[tuple, Any] = {}
 
     def config(self, reference: str) -> dict[str, Any]:
         """config.json of a model, or as a stage will write it."""
         if reference in self.recipe.models:
             return files.read_json(self.context.model(reference) / "config.json")
-        return self.student_config(self.recipe.stage(reference.partition(".")[0]).train.student)
+        stage = self.recipe.stage(reference.partition(".")[0])
+        return self.grown(stage.grow).config.to_dict() if stage.grow else self._with_head(stage.train)
+
+    def _with_head(self, train) -> dict[str, Any]:
+        """The config of a trained student names the class that was trained."""
+        from distill import loading
+
+        config = self.student_config(train.student)
+        read = loading.configuration(config)
+        head = next((need.head for _, o in train.objectives() if (need := o.needs()).head), None)
+        kept = loading.own_head(read) if train.student.origin else None
+        return {**config, "architectures": [loading.class_of(read, head or kept).__name__]}
 
     def student_config(self, student: StudentSpec) -> dict[str, Any]:
         if student.new is not None:
             return self._new_config(student.new)
-        if student.cut is not None:
-            return cut_config(self.config(student.cut.from_), student.cut.layers)
-        return self.config(student.from_)
+        made = student.grow or student.cut
+        return self.grown(made).config.to_dict() if made else self.config(student.from_)
+
+    def grown(self, spec):
+        """What operators will make, as a model on the meta device with its lineage in `growth`."""
+        ops = [("cut", Cut(layers=spec.layers))] if isinstance(spec, CutSpec) else spec.operators()
+        key = (spec.from_, *ops)
+        if key not in self._grown:
+            self._grown[key] = None
+            self._grown[key] = growing.plan(ops, self._skeleton(spec.from_), Given(self.context.seed, self._skeleton))
+        if self._grown[key] is None:
+            raise Said(f"{spec.from_} cannot grow so")
+        return self._grown[key]
+
+    def _skeleton(self, reference: str):
+        """A model without storage, of the class that it has or will have; of one at hand the table must know all."""
+        from distill import loading
+
+        if reference in self.recipe.models:
+            dissect(growth.open(self.context.model(reference)))
+        config = loading.configuration(self.config(reference))
+        return loading.skeleton(loading.architecture(config) or loading.class_of(config, None), config, {})
 
     def _new_config(self, new) -> dict[str, Any]:
         if new.like is not None:
@@ -51,6 +86,17 @@ class Planned:
     def student_facts(self, stage: str):
         return self._measure(self.student_config(self.recipe.stage(stage).train.student))
 
+    def cost(self, stage: Stage) -> Cost:
+        """What a step of a train stage costs."""
+        spec = stage.train
+        return Cost(
+            student=self.student_facts(stage.id),
+            head=any(objective.needs().head for _, objective in spec.objectives()),
+            teachers={name: self.facts(target.from_) for name, target in spec.targets.items()},
+            tokens=spec.optim.batch * self.recipe.corpora[spec.corpus].length,
+            parts=hooks.parts(spec.hook_values()),
+        )
+
     def _measure(self, config: dict[str, Any]):
         """Each different config is built once, on the meta device."""
         key = files.digest(config)
@@ -59,13 +105,6 @@ class Planned:
 
             self._facts[key] = models.facts(config)
         return self._facts[key]
-
-
-def cut_config(config: dict[str, Any], layers: int | tuple[int, ...]) -> dict[str, Any]:
-    """As `growth.cut` will write it."""
-    anatomy = Anatomy(families.of(config), config, "", {}, frozenset())
-    keep = layers if isinstance(layers, int) else list(layers)
-    return config_after(anatomy, {a: Layers.of(kept(keep, anatomy.sizes[a])) for a in anatomy.family.depth})
 
 
 def check(recipe: Recipe, context, ranks: int | None = None) -> None:
@@ -88,7 +127,21 @@ def _examine(recipe: Recipe, context) -> None:
 
 
 def _of_stage(stage: Stage, planned: Planned, ranks: int) -> list[str]:
-    return _of_training(stage, planned, ranks) if stage.train else _of_evaluation(stage, planned)
+    try:
+        if stage.grow:
+            return _of_growth(stage, planned)
+        return _of_training(stage, planned, ranks) if stage.train else _of_evaluation(stage, planned)
+    except Said:
+        return []
+
+
+def _of_growth(stage: Stage, planned: Planned) -> list[str]:
+    """Sizes that cannot be, on configs alone."""
+    try:
+        planned.facts(stage.id)
+    except UserError as error:
+        return [f"stages.{stage.id}.grow: {error}"]
+    return []
 
 
 def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
@@ -103,7 +156,8 @@ def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
         for what in objective.check(student, targets.get(objective.target))
     ]
     models = {"the student": student, **{f"target {name}": facts for name, facts in targets.items()}}
-    rest = [*_of_batch(stage, planned, ranks), *fitting.of_training(stage, planned, models)]
+    own = [*_of_batch(stage, planned, ranks), *_of_hooks(stage, student), *_of_curve(stage, planned)]
+    rest = [*own, *fitting.of_training(stage, planned, models)]
     return [*losses, *(f"stages.{stage.id}.train: {what}" for what in rest)]
 
 
@@ -112,6 +166,18 @@ def _of_batch(stage: Stage, planned: Planned, ranks: int) -> Iterator[str]:
         micro_batch(planned.recipe.engine, stage.train.optim, ranks)
     except UserError as error:
         yield str(error)
+
+
+def _of_hooks(stage: Stage, student) -> Iterator[str]:
+    objectives = [objective for _, objective in stage.train.objectives()]
+    for name, hook in (hook.named() for hook in stage.train.hooks):
+        yield from (f"hooks.{name}: {what}" for what in hook.check(student, objectives))
+
+
+def _of_curve(stage: Stage, planned: Planned) -> Iterator[str]:
+    name = stage.train.corpus
+    if stage.train.evaluate_every and not planned.recipe.corpora[name].heldout:
+        yield f"evaluate_every: nothing of corpora.{name} is held out; set its `heldout`"
 
 
 def micro_batch(engine: EngineSpec, optim: OptimSpec, ranks: int) -> int:

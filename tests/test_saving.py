@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
 import random
+import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ import pytest
 import scipy.stats
 import yaml
 
+from distill import recipe as recipes
 from distill import report
 from distill.evaluate import METRICS, RESULT
 from distill.evaluate.saving import Curve, Outcome, beside, curve, interval, speed_up
@@ -301,3 +305,82 @@ def test_a_stage_without_evaluations_has_no_curve(tmp_path):
     assert curve(tmp_path / "x") == Curve((1,), (2,))
     (tmp_path / "x" / "log.jsonl").write_text('{"step": 1, "flops": 3}\n')
     assert curve(tmp_path / "x") is None and curve(tmp_path / "y") is None
+
+
+# The equal search for learning rates
+
+
+@pytest.fixture(scope="module")
+def sweeping():
+    path = Path(__file__).parent.parent / "benchmarks" / "growth_savings.py"
+    spec = importlib.util.spec_from_file_location("growth_savings", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def sweep(sweeping, tmp_path):
+    (tmp_path / "raced.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    name = str(tmp_path / "raced.yaml")
+    return sweeping.Sweep(name, [], recipes.load(name), tmp_path / "runs")
+
+
+PLANS = [(rate, seed) for rate in (0.5, 1.0, 2.0) for seed in (5, 6)]
+
+
+def fill(sweep, cheaper, worse):
+    """Runs of one seed: grown saves by `cheaper[rate]`, scratch ends higher by `worse[rate]`; seed 6 saves 0.1 more."""
+    for rate, seed in PLANS:
+        out = sweep.out(rate, seed)
+        leave(out / "small", power_law(10, 200, 4).points)
+        factor = cheaper[rate] - 0.1 * (seed == 6)
+        leave(out / "grown", [(x - 200, y) for x, y in power_law(300, 1500, 6, factor).points], before=200)
+        scratch = [(0, 9.0), *((x, y + worse[rate]) for x, y in power_law(100, 1000, 9).points)]
+        leave(out / "alone", scratch)
+        (out / "recipe.yaml").write_text(recipes.dump(recipes.load(sweep.name, [f"seed={seed}", "seeds=1"])))
+
+
+def test_both_arms_are_judged_at_their_own_best_rate(sweeping, sweep, tmp_path, capsys):
+    fill(sweep, cheaper={0.5: 0.6, 1.0: 0.7, 2.0: 0.8}, worse={0.5: 0.2, 1.0: 0.1, 2.0: 0.0})
+    grown, scratch = sweep.arms(PLANS)
+    found = sweeping.summary("raced", grown, scratch)
+    assert found["best"]["grown"] == 0.5 and found["best"]["scratch"] == 2.0
+    assert found["best"]["saved"] == pytest.approx([0.4, 0.5])
+    assert found["arms"]["scratch"]["0.5"] == {"heldout": [pytest.approx(6.2)] * 2, "flops": [1000, 1000]}
+    low = {rate: told["saved"] for rate, told in found["same_rate"].items()}  # the target lies higher by `worse`
+    assert low["1"] == pytest.approx([1 - 0.7 * 10**-0.1, 1 - 0.6 * 10**-0.1])
+    sweeping.show(found)
+    shown = capsys.readouterr().out
+    assert "best against best: grown reaches the loss of scratch with 45% fewer FLOPs (95% interval" in shown
+    assert shown.count("*") == 2 and "6.0000 ± 0.0000" in shown
+    sweeping.write(tmp_path / "results", found, grown, scratch)
+    written = json.loads((tmp_path / "results" / "raced.json").read_text())
+    assert [len(curve) for curve in written["curves"]["grown"]["1"]] == [7, 7] and len(written["curves"]["before"]) == 1
+    assert (tmp_path / "results" / "raced.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rate_moves_the_big_model_of_both_arms_and_nothing_else(sweep):
+    changed = recipes.load(sweep.name, sweep.changes(0.0005, 6))
+    rates = {stage.id: stage.train.lr.points[0][1] for stage in changed.stages if stage.train}
+    assert rates == {"small": 0.1, "grown": pytest.approx(5e-5), "alone": pytest.approx(5e-5)}
+    assert (changed.seed, changed.seeds) == (6, 1)
+    assert sweep.before() == ["small"]
+
+
+def test_what_does_not_depend_on_the_rate_is_taken_from_a_run_of_the_same_seed(sweeping, tmp_path):
+    (tmp_path / "a" / "corpora").mkdir(parents=True)
+    (tmp_path / "a" / "recipe.yaml").write_text("recipe: raced\n")
+    (tmp_path / "a" / "small" / "snapshots").mkdir(parents=True)
+    for state, taken in (("running", False), ("done", True)):
+        (tmp_path / "a" / "small" / "stage.json").write_text(json.dumps({"state": state}))
+        sweeping.borrow(tmp_path / "b", iter([tmp_path / "a"]), ["small"])
+        assert (tmp_path / "b").exists() == taken
+    assert sorted(path.name for path in (tmp_path / "b").rglob("*")) == [
+        "corpora",
+        "recipe.yaml",
+        "small",
+        "stage.json",
+    ]

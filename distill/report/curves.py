@@ -17,6 +17,8 @@ SHOWN = 0.08  # of the dearest row's FLOPs: what lies left of it does not decide
 
 def race(path: Path, runners: list[Runner]) -> None:
     """Seeds thin and their mean bold; dimmer, what a row was made from; the level that scratch ended on."""
+    made_from = [seeds for runner in runners for seeds in runner.before]
+    runners = [runner for runner in runners if runner.curves not in made_from]  # drawn, as that, already
     with figure(path, 1, width=6.6, height=4.4) as (panel,):
         _scales(panel, runners)
         styles = zip(cycle(DASHES), cycle(colour for colour in LINES if colour != COLOURS["scratch"]))

@@ -6,8 +6,9 @@ applied to a model on the meta device it gives what that would be, from which a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,14 +17,19 @@ from pydantic import Field, ValidationError, create_model, model_validator
 import growth
 from distill.schedules import Several, Value
 from growth import depth, width
+from growth.anatomy import dissect
+from growth.errors import UserError
+from growth.learn import RATE, STEPS
 from growth.merge import HOW as WAYS_TO_MERGE
-from growth.operate import PLAIN
+from growth.operate import PLAIN, seen
+from growth.reading import kind_of
 from growth.sizes import Sizes
 from growth.vocabulary import HOW as NEW_ROWS
 
 Positive = Annotated[int, Field(gt=0)]
 Chosen = Positive | Annotated[Several[int], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0)] | None
+SIZES = {size.name: size.metadata["help"] for size in fields(Sizes)}
 AFRESH = "of what is drawn; null: that of the run"
 
 
@@ -40,6 +46,7 @@ class Operator(Value):
     """A function of `growth` with its arguments."""
 
     function: ClassVar[Callable]
+    reads_text: ClassVar[bool] = False  # whether it needs a corpus
 
     def apply(self, src: Any, dst: Path | None, given: Given, output: growth.Output = PLAIN) -> Any:
         """From directory to directory; of a model in memory (`dst` is None) another model."""
@@ -54,11 +61,6 @@ class Operator(Value):
         asked = {name: getattr(self, name) for name in type(self).model_fields}
         return {**asked, "seed": given.seed} if asked.get("seed", 0) is None else asked
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether it needs a corpus."""
-        return False
-
 
 def _some_of(*names: str, once: bool = False) -> Any:
     """A check that one of the optional keys is given, or exactly one."""
@@ -71,6 +73,11 @@ def _some_of(*names: str, once: bool = False) -> Any:
         return self
 
     return model_validator(mode="after")(check)
+
+
+def _sizes(*names: str) -> dict[str, Any]:
+    """Optional keys, as `growth` describes them."""
+    return {name: (Positive | None, Field(None, description=SIZES[name])) for name in names}
 
 
 class Stack(Operator):
@@ -97,14 +104,14 @@ class _Widen(Operator):
     how: Literal[width.HOW] = Field("exact", description="what new channels hold")
     noise: Annotated[float, Field(ge=0)] = Field(0.01, description="between copies; the function does not see it")
     seed: Seed = Field(None, description=AFRESH)
-    check = _some_of(*(size.name for size in fields(Sizes)))
+    check = _some_of(*SIZES)
 
 
 Widen = create_model(
     "Widen",
     __base__=_Widen,
     __doc__="More channels, heads, neurons or rows of the embeddings.",
-    **{size.name: (Positive | None, Field(None, description=size.metadata["help"])) for size in fields(Sizes)},
+    **_sizes(*SIZES),
 )
 
 
@@ -157,6 +164,80 @@ class Merge(Operator):
         return growth.merge(sources, dst, **asked, output=output)
 
 
+LEARNED = ("hidden", "heads", "kv_heads", "ffn")
+
+
+class _Learn(Operator):
+    factor: Positive = Field(1, description="how many times as deep")
+    order: str | Several[int] = Field("stack", description="stack, interleave, or layers: what the maps start from")
+    steps: Positive = Field(STEPS, description="in which the maps are trained")
+    lr: Annotated[float, Field(gt=0)] = Field(RATE, description="of the maps")
+    batch: Positive = Field(16, description="rows of a step")
+    seed: Seed = Field(None, description=AFRESH)
+
+    reads_text: ClassVar[bool] = True
+
+    @property
+    def _width(self) -> dict[str, int]:
+        return {name: size for name in LEARNED if (size := getattr(self, name)) is not None}
+
+    @property
+    def _depth(self) -> dict[str, Any]:
+        asked = {"factor": self.factor, "order": self.order}
+        return {} if asked == {"factor": 1, "order": "stack"} else asked
+
+    @model_validator(mode="after")
+    def _check_some(self) -> Operator:
+        if not self._width and not self._depth:
+            raise ValueError(f"at least one of factor, order, {', '.join(LEARNED)} is needed, found none")
+        return self
+
+    def apply(self, src: Any, dst: Path | None, given: Given, output: growth.Output = PLAIN) -> Any:
+        asked = self.arguments(given)
+        batches = _labelled(src, given.corpus(), asked.pop("batch"), asked["seed"])
+        return growth.learn(src, dst, batches=batches, **asked, output=output)
+
+    def plan(self, model: Any, given: Given) -> Any:
+        """The shape that the maps start from."""
+        _objective(model)
+        new: dict[str, Any] = {}
+        if self._depth:
+            model = growth.stack(model, **self._depth)
+            new |= model.growth["new"]
+        if self._width:
+            model = growth.widen(model, **self._width, how="fpi", seed=self.arguments(given)["seed"])
+            new |= model.growth["new"]
+        model.growth = {**model.growth, "operator": "learn", "new": new, "preserves": "no"}
+        return model
+
+
+def _objective(src: Any) -> Literal["mlm", "causal"]:
+    """What its head predicts."""
+    objective = {"next": "causal", "masked": "mlm"}.get(kind_of(dissect(seen(src))))
+    if objective is None:
+        raise UserError("its source predicts neither next nor masked tokens, so it cannot learn from plain text")
+    return objective
+
+
+def _labelled(src: Any, prepared: Path, rows: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Batches as a model of transformers takes them, a document in a row."""
+    from distill import corpus
+
+    stream = corpus.Batches(corpus.open(prepared, "train"), seed, _objective(src))
+    for step in count():
+        batch = corpus.unpack(stream.at(range(step * rows, (step + 1) * rows)))
+        real = (batch["segment_ids"] > 0).long()
+        yield {"input_ids": batch["input_ids"], "attention_mask": real, "labels": batch["labels"]}
+
+
+Learn = create_model(
+    "Learn",
+    __base__=_Learn,
+    __doc__="More depth and width through maps that are trained on text (LiGO).",
+    **_sizes(*LEARNED),
+)
+
+
 OPERATORS: dict[str, type[Operator]] = {
     "stack": Stack,
     "insert": Insert,
@@ -165,6 +246,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "upcycle": Upcycle,
     "merge": Merge,
     "vocabulary": Vocabulary,
+    "learn": Learn,
 }
 
 

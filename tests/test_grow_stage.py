@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 import growth
-from distill import growing, models, preflight, stages
+from distill import corpus, growing, models, preflight, stages
 from distill import recipe as recipes
 from distill.context import Context
-from distill.operators import OPERATORS, Given
+from distill.operators import LEARNED, OPERATORS, Given
 from distill.recipe import StudentSpec
 from growth.errors import UsageError, UserError
 from growth.sizes import Sizes
@@ -100,8 +100,8 @@ def test_fields_of_an_operator_are_the_keys_of_its_function():
         function = getattr(growth, name)
         keys = {key: p.default for key, p in signature(function).parameters.items() if key not in ("src", "dst")}
         fields = {(field.alias or key): field for key, field in kind.model_fields.items()}
-        asked = {*keys, "with"} if name == "merge" else {*keys, *vars(Sizes())} if name == "widen" else {*keys}
-        assert asked ^ set(fields) <= {"output", "vectors", "sources", "sizes"}, name
+        more = {"merge": {"with"}, "widen": {*vars(Sizes())}, "learn": {*LEARNED, "batch"}}.get(name, set())
+        assert ({*keys} | more) ^ set(fields) <= {"output", "vectors", "sources", "sizes", "batches"}, name
         for key in fields.keys() & keys.keys() - {"seed"}:
             assert fields[key].is_required() or fields[key].default == keys[key], f"{name}.{key}"
         assert all(field.description for field in fields.values()), name
@@ -145,13 +145,15 @@ def test_every_operator_is_applied_as_it_is_planned(place):
         "upcycle": {"experts": 3},
         "merge": {"with": ["other"]},
         "vocabulary": {"size": 70},
+        "learn": {"factor": 2, "hidden": 60, "ffn": 57, "steps": 2, "batch": 2},
     }
     assert asked.keys() == OPERATORS.keys()
     read = load(changed={"models": {"small": "small", "other": "other"}})
     planned = preflight.Planned(read, Context(read, Path("out"), 0))
+    corpus.prepare(read.corpora["text"], Path("small"), Path("text"))
     for name, fields in asked.items():
         spec = recipes.GrowthSpec(**{"from": "small", "ops": [{name: fields}]})
-        growing.apply(spec.operators(), Path("small"), Path(name), Given(0, Path))
+        growing.apply(spec.operators(), Path("small"), Path(name), Given(0, Path, lambda: Path("text")))
         plan = planned.grown(spec)
         assert plan.num_parameters() == models.load(Path(name), "causal").num_parameters(), name
         assert plan.growth["preserves"] == told(name)["preserves"] and plan.growth["new"] == told(name)["new"], name
@@ -273,6 +275,7 @@ def test_a_mistake_in_an_operator_is_named_with_what_would_work(place, ops, word
         ("full.train.student.from=grown.start", "stage 'grown' does not train, so it has no start"),
         ("again.grow.from=again", "stage 'again' is not finished before this one"),
         ("again.grow.from=grwn", "no model or earlier stage 'grwn'; did you mean 'grown'?"),
+        ("again.grow.ops=[{learn: {factor: 2}}]", "stages.again.grow: 'data' is needed: learn reads text"),
         ("again.grow.data=text", "data: none of these operators reads text"),
     ],
 )

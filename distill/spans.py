@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,8 @@ class Writing:
         at = _byte_places(text)
         ids = np.array(found.ids, dtype=np.int64)
         spelt = [self.bytes.get(i, b"") for i in found.ids]
-        after = _boundaries(at[[a for a, _ in found.offsets]], at[[b for _, b in found.offsets]], spelt, int(at[-1]))
+        starts, ends = ([at[pair[side]] for pair in found.offsets] for side in (0, 1))
+        after = _boundaries(starts, ends, spelt, at[-1])
         return Tokens(ids, after, np.zeros(len(ids), dtype=bool), np.isin(ids, list(self._special)))
 
     def read(self, ids: np.ndarray) -> tuple[str, Tokens]:
@@ -123,14 +125,13 @@ class Writing:
         whole = b"".join(spelt)
         skipped = next((k for k in range(min(4, len(whole))) if whole[k] & 0xC0 != 0x80), 0)
         text, length = _decoded(whole[skipped:])
-        ends = np.cumsum([0, *map(len, spelt)]) - skipped
-        blank = [self._spaced and len(s) > 1 and s[:1] == b" " for s in spelt]  # a blank of ours, not the tokeniser's
-        starts = ends[:-1] + blank
-        highs = [*starts[1:], ends[-1]] if len(ids) else []
+        places = [n - skipped for n in accumulate(map(len, spelt), initial=0)]
+        starts, ends = np.array(places[:-1]), np.array(places[1:])
+        # a blank that only tells words apart may be on either side of the boundary
+        blank = [self._spaced and s[:1] == b" " and end < length for s, end in zip(spelt[1:], ends, strict=False)]
+        after = [((end, b""), (end + more, b"")) for end, more in zip(places[1:], [*blank, False], strict=False)]
         silent = np.array([not s for s in spelt], dtype=bool)
-        after = [((int(e), b""), (max(int(e), int(h)), b"")) for e, h in zip(ends[1:], highs, strict=True)]
-        seen = Tokens(np.asarray(ids), after, silent, (ends[:-1] < 0) | (ends[1:] > length))
-        return text, self.ended(seen, length)
+        return text, self.ended(Tokens(np.asarray(ids), after, silent, (starts < 0) | (ends > length)), length)
 
     def ended(self, seen: Tokens, length: int) -> Tokens:
         """With the end-of-text token behind the text as a token of the text."""
@@ -220,37 +221,30 @@ def _decoded(data: bytes) -> tuple[str, int]:
     return text, len(text.encode())
 
 
-def _byte_places(text: str) -> np.ndarray:
+def _byte_places(text: str) -> list[int]:
     """Where each character starts, and the end, in bytes [characters + 1]."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-    return np.cumsum([0, *sizes])
+    return [0, *np.cumsum(sizes).tolist()]
 
 
-def _boundaries(starts: np.ndarray, ends: np.ndarray, spelt: list[bytes], total: int) -> list[tuple[Place, Place]]:
+def _boundaries(starts: list[int], ends: list[int], spelt: list[bytes], total: int) -> list[tuple[Place, Place]]:
     """After each token of a text; `starts` and `ends` are bytes of whole characters, which tokens may share."""
     after: list[tuple[Place, Place]] = []
-    for cluster in _clusters(starts, ends):
-        start, end = int(starts[cluster[0]]), int(ends[cluster].max())
-        after += _within(start, end, [spelt[i] for i in cluster[:-1]], spelt[cluster[-1]])
-        behind = cluster[-1] + 1
-        after.append(((end, b""), (int(starts[behind]) if behind < len(starts) else total, b"")))
+    starts = [*starts, total]
+    while (first := len(after)) < len(ends):
+        last, end = first, ends[first]
+        while last + 1 < len(ends) and starts[last + 1] < end:
+            last += 1
+            end = max(end, ends[last])
+        after += [(place, place) for place in _within(starts[first], end, spelt[first : last + 1])]
+        after.append(((end, b""), (starts[last + 1], b"")))
     return after
 
 
-def _clusters(starts: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """Runs of tokens that share characters."""
-    if not len(starts):
-        return []
-    cuts = np.flatnonzero(starts[1:] >= np.maximum.accumulate(ends)[:-1]) + 1
-    return np.split(np.arange(len(starts)), cuts)
-
-
-def _within(start: int, end: int, spelt: list[bytes], last: bytes) -> list[tuple[Place, Place]]:
-    """After each token of a run but the last."""
-    lengths = np.cumsum([len(one) for one in spelt], dtype=np.int64)
-    if len(spelt) and lengths[-1] + len(last) == end - start:  # their bytes are those of the text
-        places = [(start + int(n), b"") for n in lengths]
-    else:
-        places = [(start, b"".join(spelt[: k + 1])) for k in range(len(spelt))]
-    return [(place, place) for place in places]
+def _within(start: int, end: int, spelt: list[bytes]) -> list[Place]:
+    """After each of the tokens that share characters, but the last."""
+    lengths = list(accumulate(map(len, spelt)))
+    if all(spelt) and lengths[-1] == end - start:  # their bytes are those of the text
+        return [(start + n, b"") for n in lengths[:-1]]
+    return [(start, b"".join(spelt[: k + 1])) for k in range(len(spelt) - 1)]

@@ -1,14 +1,14 @@
 """Optimizer state through the maps of a growth, so that training goes on instead of warming up again.
 
 The grown model is the same function of copies, so a unit of factor f that stands c times gets 1 / (c f) of the
-gradient. The first moment follows it, the second its square (the rule is derived and measured for even copies, where
-the trajectory of the source is followed to rounding; extra channels start without moments). StackBERT copies the
-moments of copied layers (Gong et al. 2019); blocks that start as the identity start without.
+gradient. The first moment follows it, the second its square: for even and for weighted copies these are the moments of
+the grown model's own gradients; extra channels start without. StackBERT copies the moments of copied layers (Gong et
+al. 2019); blocks that start as the identity start without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,22 @@ from typing import Any
 from growth.anatomy import Anatomy, dissect
 from growth.checkpoint import Checkpoint, open
 from growth.errors import UserError
+from growth.families.table import Slot
 from growth.files import committed, ensure_space, read_json, sha256, write_json
 from growth.maps import Layers
 from growth.operate import Staged
-from growth.pieces import Computed, Fill, Piece
+from growth.parameters import in_memory, name_in_memory, on_disk
+from growth.pieces import Computed, Fill
 from growth.ranges import Entry, header, inside
 from growth.reindex import Stream, reindex, widely
 from growth.shards import write_file
-from growth.take import Widening
 from growth.undo import lineage_of, widening_of
+from growth.upcycle import origins, sparse, sparse_config
 from growth.writer import guard
 
 POWERS = {"master": 0, "exp_avg": 1, "exp_avg_sq": 2}  # of the gradient that a file holds
 STUDENT, MANIFEST, FACTORS = "student.", "manifest.json", "learning_rates.json"
+Way = Callable[[Staged, Anatomy, int], Stream]  # (the state, where its tensors belong, power of the gradient)
 
 
 def moments(snapshot: str | Path, grown: str | Path, dst: str | Path) -> Path:
@@ -44,79 +47,120 @@ def moments(snapshot: str | Path, grown: str | Path, dst: str | Path) -> Path:
     guard(dst, [snapshot], overwrite=False)
     new = open(grown)
     story = lineage_of(new)
-    source = _source(new, story)
-    anatomy = dissect(source)
-    change = _change(anatomy, story)
+    before, after = dissect(_source(new, story)), dissect(new)
+    way = WAYS[story["operator"]](before, story)
     with committed(dst) as directory:
         for key, power in POWERS.items():
-            pieces = list(_state(header(inside(snapshot, f"{key}.safetensors")), anatomy, change, power))
+            pieces = list(_state(header(inside(snapshot, f"{key}.safetensors")), before, after, way, power))
             ensure_space(directory, sum(piece.nbytes for _, piece in pieces), f"{key} of the grown model")
             write_file(directory / f"{key}.safetensors", pieces)
-        write_json(directory / FACTORS, learning_rates(anatomy, change))
+        write_json(directory / FACTORS, learning_rates(before, after, story))
         _manifest(snapshot, directory, new)
     return dst
 
 
 def _source(grown: Checkpoint, story: Mapping[str, Any]) -> Checkpoint:
-    if story.get("operator") not in ("stack", "insert", "widen"):
-        raise UserError(f"{grown.path} was not made by stack, insert or widen, so no state can follow")
+    if story.get("operator") not in WAYS:
+        *some, last = WAYS
+        raise UserError(f"{grown.path} was not made by {', '.join(some)} or {last}, so no state can follow")
     source = open(story["sources"][0]["path"])
     if source.header_digest() != story["sources"][0]["header_digest"]:
         raise UserError(f"{source.path} is no longer what {grown.path} was grown from")
     return source
 
 
-def _change(anatomy: Anatomy, story: Mapping[str, Any]) -> Widening | dict[str, Layers]:
-    if story["operator"] == "widen":
-        if story["arguments"]["how"] == "aki":
-            raise UserError(
-                "units from the layer above have a gradient of their own: after AKI, start the optimizer anew"
-            )
-        return widening_of(anatomy, dict(story), story["arguments"]["noise"])
-    made = {axis: frozenset(new) for axis, new in story["new"].items()}
-    how = story["arguments"].get("how", "zero")
-    silent, random = (made if how == one else dict.fromkeys(made, frozenset()) for one in ("zero", "random"))
-    return {axis: Layers.of(order, silent[axis], random[axis]) for axis, order in story["maps"].items()}
-
-
-def _state(entries: Mapping[str, Entry], anatomy: Anatomy, change: Any, power: int) -> Iterator[tuple[str, Piece]]:
+def _state(entries: Mapping[str, Entry], before: Anatomy, after: Anatomy, way: Way, power: int) -> Stream:
     """The tensors of one file; what is not the student's (projections) passes as it is."""
-    held = {name.removeprefix(STUDENT): entry for name, entry in entries.items() if name.startswith(STUDENT)}
-    known = {slot: name for slot, name in anatomy.places.items() if name in held}
+    mine = {name.removeprefix(STUDENT): entry for name, entry in entries.items() if name.startswith(STUDENT)}
+    held = on_disk(mine, before)
+    known = {slot: slot.name for slot in before.places if slot.name in held}
     if lost := held.keys() - set(known.values()):
         raise UserError(f"the snapshot holds {min(lost)}, which the source of the growth does not have")
-    state = Staged(anatomy.config, held, "the snapshot")
-    some = replace(anatomy, places=known)
-    stream = _wider(state, some, change, power) if isinstance(change, Widening) else _deeper(state, some, change, power)
-    yield from ((STUDENT + name, piece) for name, piece in stream)
+    state = Staged(before.config, held, "the snapshot")
+    stream = way(state, replace(before, places=known), power)
+    yield from ((STUDENT + name, piece) for name, piece in in_memory(stream, after))
     yield from ((name, entry) for name, entry in entries.items() if not name.startswith(STUDENT))
 
 
-def _deeper(state: Staged, anatomy: Anatomy, maps: dict[str, Layers], power: int) -> Stream:
-    for name, piece in reindex(state, anatomy, maps)[1]:
-        copied = power == 0 or isinstance(piece, Entry)
-        yield name, piece if copied else Fill(piece.dtype, piece.shape, 0.0)  # what is new has no history
+def _deeper(anatomy: Anatomy, story: Mapping[str, Any]) -> Way:
+    """Copies keep their history; what starts as the identity, or afresh, has none."""
+    made = {axis: frozenset(new) for axis, new in story["new"].items()}
+    how = story["arguments"].get("how", "zero")
+    silent, random = (made if how == one else dict.fromkeys(made, frozenset()) for one in ("zero", "random"))
+    maps = {axis: Layers.of(order, silent[axis], random[axis]) for axis, order in story["maps"].items()}
+
+    def stream(state: Staged, places: Anatomy, power: int) -> Stream:
+        for name, piece in reindex(state, places, maps)[1]:
+            copied = power == 0 or isinstance(piece, Entry)
+            yield name, piece if copied else Fill(piece.dtype, piece.shape, 0.0)
+
+    return stream
 
 
-def _wider(state: Staged, anatomy: Anatomy, widening: Widening, power: int) -> Stream:
-    change = widening.take if power == 0 else partial(widening.moment, power=power)
-    for slot, name in anatomy.places.items():
-        entry = state[name]
-        if not widening.touches(slot):
-            yield slot.name, entry
-            continue
+def _wider(anatomy: Anatomy, story: Mapping[str, Any]) -> Way:
+    if story["arguments"]["how"] == "aki":
+        raise UserError("units from the layer above have a gradient of their own: after AKI, start the optimizer anew")
+    widening = widening_of(anatomy, dict(story), story["arguments"]["noise"])
 
-        def make(slot=slot, name=name):
-            return widely(lambda wide: change(wide, slot), state.tensor(name))
+    def stream(state: Staged, places: Anatomy, power: int) -> Stream:
+        change = widening.take if power == 0 else partial(widening.moment, power=power)
+        for slot, name in places.places.items():
+            piece = state[name]
+            if widening.touches(slot):
+                make = partial(_changed, state, name, slot, change)
+                piece = Computed(piece.dtype, widening.shape(slot, piece.shape), make)
+            yield slot.name, piece
 
-        yield slot.name, Computed(entry.dtype, widening.shape(slot, entry.shape), make)
+    return stream
 
 
-def learning_rates(anatomy: Anatomy, change: Any) -> dict[str, float]:
+def _changed(state: Staged, name: str, slot: Slot, change: Callable[[Any, Slot], Any]):
+    return widely(lambda wide: change(wide, slot), state.tensor(name))
+
+
+def _sparser(anatomy: Anatomy, story: Mapping[str, Any]) -> Way:
+    """Experts share the gradient of the part they copy, on average equally; the rest has it whole.
+
+    The router sees no difference between equal experts, so it starts without history, and so does the expert that
+    says nothing yet.
+    """
+    asked = story["arguments"]
+    experts = asked["experts"]
+    config = sparse_config(anatomy, experts, asked["top"])
+
+    def stream(state: Staged, places: Anatomy, power: int) -> Stream:
+        if power == 0:
+            yield from sparse(state, places, config, asked["noise"], asked["seed"])
+            return
+        for slot, origin in origins(places, config):
+            if origin in state and "shared_expert" not in slot.row.name:
+                piece = state[origin]
+                share = partial(_shared, state, origin, 1.0 / experts**power)
+                yield slot.name, Computed(piece.dtype, piece.shape, share) if "experts" in dict(slot.at) else piece
+            else:
+                yield slot.name, Fill("F32", slot.shape, 0.0)
+
+    return stream
+
+
+def _shared(state: Staged, name: str, share: float):
+    return widely(lambda wide: wide * share, state.tensor(name))
+
+
+WAYS: dict[str, Callable[[Anatomy, Mapping[str, Any]], Way]] = {
+    "stack": _deeper,
+    "insert": _deeper,
+    "widen": _wider,
+    "upcycle": _sparser,
+}
+
+
+def learning_rates(before: Anatomy, after: Anatomy, story: Mapping[str, Any]) -> dict[str, float]:
     """By how much the values of each tensor were scaled (on average, where copies are uneven), where they were."""
-    if not isinstance(change, Widening):
+    if story["operator"] != "widen":
         return {}
-    factors = {slot.name: change.factor(slot) for slot in anatomy.places if change.touches(slot)}
+    change = widening_of(before, dict(story))
+    factors = {name_in_memory(slot, after): change.factor(slot) for slot in before.places if change.touches(slot)}
     return {name: factor for name, factor in factors.items() if factor != 1.0}
 
 

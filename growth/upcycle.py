@@ -6,7 +6,7 @@ model exactly, whatever the router says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,19 +96,24 @@ def upcycle(
         )
     checkpoint = opened(src, dst, output)
     anatomy = dissect(checkpoint)
-    kind = anatomy.family.model_type
-    if kind not in TRANSLATIONS:
-        raise UserError(f"{anatomy.family.name} cannot be upcycled; {', '.join(TRANSLATIONS)} can")
-    table = TRANSLATIONS[kind]
-    config = _config(table, anatomy, experts, top)
-    stream = _experts(checkpoint, anatomy, table, config, noise, seed)
     arguments = {"experts": experts, "top": top, "noise": noise, "seed": seed}
+    config = sparse_config(anatomy, experts, top)
+    stream = sparse(checkpoint, anatomy, config, noise, seed)
     facts = {"maps": {"experts": [0] * experts}, "new": {"experts": list(range(experts))},
              "preserves": "approximate" if noise else "exact"}  # fmt: skip
     return delivered(Result("upcycle", arguments, config, stream, facts), dst, output, checkpoint)
 
 
-def _config(table: Translation, anatomy: Anatomy, experts: int, top: int) -> dict[str, Any]:
+def _table(anatomy: Anatomy) -> Translation:
+    kind = anatomy.family.model_type
+    if kind not in TRANSLATIONS:
+        raise UserError(f"{anatomy.family.name} cannot be upcycled; {', '.join(TRANSLATIONS)} can")
+    return TRANSLATIONS[kind]
+
+
+def sparse_config(anatomy: Anatomy, experts: int, top: int) -> dict[str, Any]:
+    """The config of the mixture."""
+    table = _table(anatomy)
     view = anatomy.family.view(anatomy.config)
     if wrong := next((key for key in table.impossible if getattr(view, key)), None):
         raise UserError(f"config.json sets {wrong}, which {families.FAMILIES[table.to].name} has no place for")
@@ -140,24 +145,31 @@ def _language(anatomy: Anatomy, table: Translation) -> set[str]:
     return set() if body - {"", "lm_head"} else {*(anatomy.config.get("architectures") or []), table.architecture}
 
 
-def _experts(
-    checkpoint: Any, anatomy: Anatomy, table: Translation, config: Mapping[str, Any], noise: float, seed: int
-) -> Stream:
+def origins(anatomy: Anatomy, config: Mapping[str, Any]) -> Iterator[tuple[Slot, str]]:
+    """Every place of the mixture, with the dense tensor that it copies, or `normal` or `zero`."""
     dense = {slot.key: name for slot, name in anatomy.places.items()}
-    dtype = next(iter(checkpoint.values())).dtype
+    rows = _table(anatomy).rows
     for slot in families.of(config).slots(config, anatomy.prefix).values():
         block, _, module = slot.row.name.partition("}.")
-        origin = table.rows.get(module)
+        origin = rows.get(module)
         layer = tuple(place for place in slot.at if place[0] in anatomy.family.depth)
+        row = slot.row.name if origin is None else f"{block}}}.{origin}"
+        if origin in ("zero", "normal"):
+            yield slot, origin
+        elif name := dense.get((row, slot.part, layer)):
+            yield slot, name
+
+
+def sparse(checkpoint: Any, anatomy: Anatomy, config: Mapping[str, Any], noise: float, seed: int) -> Stream:
+    """The tensors of the mixture."""
+    dtype = next(iter(checkpoint.values())).dtype
+    for slot, origin in origins(anatomy, config):
         if origin == "zero":
             yield slot.name, Fill(dtype, slot.shape, 0.0)
         elif origin == "normal":
             yield slot.name, Computed(dtype, slot.shape, partial(_router, slot, dtype, seed))
         else:
-            row = slot.row.name if origin is None else f"{block}}}.{origin}"
-            name = dense.get((row, slot.part, layer))
-            if name:
-                yield slot.name, _copy(checkpoint, name, slot, noise if "experts" in dict(slot.at) else 0.0, seed)
+            yield slot.name, _copy(checkpoint, origin, slot, noise if "experts" in dict(slot.at) else 0.0, seed)
 
 
 def _copy(checkpoint: Any, name: str, slot: Slot, noise: float, seed: int) -> Piece:

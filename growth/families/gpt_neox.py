@@ -42,6 +42,7 @@ GPT_NEOX = Family(
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
     last_norm="final_layer_norm", rotary=rotated,
+    in_memory={"embed_out": "lm_head.weight"},
     tied={"lm_head.weight": "embed_in.weight", "embed_out.weight": "embed_in.weight"},
     buffers=("layers.{layers}.attention.bias", "layers.{layers}.attention.masked_bias",
              "layers.{layers}.attention.rotary_emb.inv_freq"),

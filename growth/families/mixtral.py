@@ -18,4 +18,10 @@ MIXTRAL = replace(
         "block_sparse_moe.gate": "experts <- embed",
         "block_sparse_moe.experts.{experts}.": {"w1": "ffn <- embed", "w2": "embed <- ffn", "w3": "ffn <- embed"},
     }},
+    in_memory={
+        "block_sparse_moe.gate": "mlp.gate.weight",
+        "block_sparse_moe.experts.{experts}.w1": "mlp.experts.gate_up_proj",       # w1 of an expert, then its w3
+        "block_sparse_moe.experts.{experts}.w3": "mlp.experts.gate_up_proj",
+        "block_sparse_moe.experts.{experts}.w2": "mlp.experts.down_proj",
+    },
 )

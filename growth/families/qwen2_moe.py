@@ -28,4 +28,9 @@ QWEN2_MOE = replace(
         "mlp.shared_expert.": expert("shared"),
         "mlp.shared_expert_gate": "one <- embed",
     }},
+    in_memory={
+        "mlp.experts.{experts}.gate_proj": "mlp.experts.gate_up_proj",
+        "mlp.experts.{experts}.up_proj":   "mlp.experts.gate_up_proj",
+        "mlp.experts.{experts}.down_proj": "mlp.experts.down_proj",
+    },
 )

@@ -112,6 +112,7 @@ class Family:
     by_index: tuple[str, ...] = ()  # config keys that make a layer depend on its number
     buffers: tuple[str, ...] = ()  # stored by old versions, recomputed by new ones: dropped
     renamed: Mapping[str, str] = field(default_factory=dict)  # ends of old tensor names -> of today's
+    in_memory: Mapping[str, str] = field(default_factory=dict)  # ends of rows -> of parameters of a loaded model
     depth: tuple[str, ...] = ("layers",)
 
     @cached_property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from growth.errors import UserError
 
+HALF = (torch.bfloat16, torch.float16)
 PROBES = (0.0, 1e-6, 1.0, 1e30)  # nothing, where a cap is not felt, between, where only the cap is left
 
 
@@ -46,12 +47,11 @@ class Logits:
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
     def product(self, rows: slice) -> Tensor:
-        """hidden W^T + bias of some rows [n, V], in their dtype, as the model's own linear layer has it."""
-        return self.hidden[rows] if self.weight is None else nn.functional.linear(self.hidden[rows], *self.linear)
-
-    @property
-    def linear(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.bias
+        """hidden W^T + bias of some rows [n, V], in float32 or float64; logits that are there come as they are."""
+        if self.weight is None:
+            return self.hidden[rows]
+        x = wide_product(self.hidden[rows], self.weight.mT)
+        return x if self.bias is None else x.add_(self.bias)
 
     def finish(self, product: Tensor) -> Tensor:
         """Logits of a product."""
@@ -67,6 +67,22 @@ class Logits:
     def whole(self) -> Tensor:
         """All of them [N, V]: for a few rows."""
         return self.finish(self.product(slice(None)))
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, not rounded to half precision: a logit of 20 in bfloat16 may be off by 0.06."""
+    if left.dtype in HALF and left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide) @ right.to(wide)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, likewise; half precision on CUDA alone, where float32 would be many times slower."""
+    if right.dtype in HALF and right.is_cuda:
+        torch.addmm(total, left.to(right.dtype), right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left, right.to(total.dtype))
 
 
 @contextmanager

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from distill import layout, loading
+from distill import heads, layout, loading
 from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
+from distill.heads import Logits
 from growth.errors import UserError, did_you_mean
 
 ROLES = (*IN_ATTENTION, "hidden")
@@ -24,12 +26,17 @@ ROLES = (*IN_ATTENTION, "hidden")
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass hands to the objectives: tapped tensors, and the logits of the rows asked for [N, V]."""
+    """What one forward pass hands to the objectives: tapped tensors, what makes the logits of the rows asked for."""
 
     taps: dict[Tap, Tensor]
     scaling: dict[int, float]
     causal: bool  # every token sees only those before it
-    logits: Tensor | None = None
+    head: Logits | None = None
+
+    @cached_property
+    def logits(self) -> Tensor | None:
+        """All of them [N, V]; losses in chunks take `head`."""
+        return self.head and self.head.whole()
 
 
 @contextmanager
@@ -57,23 +64,22 @@ def trace(model: nn.Module, batch: dict[str, Tensor], wanted: Iterable[Tap], row
     """One forward pass over a batch; `rows` are the flat positions b*T+t whose logits are wanted.
 
     Without rows the head does not run. With rows the model's own head runs on those positions alone, whatever it is
-    made of (a transform, a tied decoder, capped or scaled logits).
+    made of (a transform, a tied decoder), up to its last linear layer; what follows (a scale, a cap) is found out.
     """
     inputs, causal = layout.inputs(model, batch), loading.causal(model.config)
     with tap(model, wanted) as seen:
         if rows is None:
             model.base_model(**inputs)
             return Trace(dict(seen), seen.scaling, causal)
-        with _only(model, rows):
-            logits = model(**inputs, return_dict=True).logits[0]  # [N, V]
-    return Trace(dict(seen), seen.scaling, causal, logits)
+        with _only(model, rows), heads.unmade(model) as kept:
+            answer = model(**inputs, return_dict=True).logits
+        head = heads.of(model, kept[0][0], answer)
+    return Trace(dict(seen), seen.scaling, causal, head)
 
 
 @contextmanager
 def _only(model: nn.Module, rows: Tensor) -> Iterator[None]:
     """The head sees the last hidden states [B, T, D] of the given flat positions only, as one row [1, N, D]."""
-    if model.base_model is model:
-        raise UserError(f"{type(model).__name__} has no language-model head, so there are no logits to take")
 
     def select(module, arguments, output):
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[rows][None]  # [1, N, D]
@@ -132,7 +138,7 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
 
 
 def _listeners(base: nn.Module, taps: list[Tap], seen: Seen) -> dict[nn.Module, Listener]:
-    found, listeners = blocks(base), {}
+    found, listeners = blocks(base) if taps else [], {}
     for role, layer in taps:
         if role not in ROLES:
             raise UserError(f"no tap {role!r}{did_you_mean(role, ROLES)}; there are {', '.join(ROLES)}")

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -17,6 +19,8 @@ from pydantic import ValidationError
 from distill.heads import Logits
 from distill.objectives import Divergence, cross_entropy, divergence, divergences, token_sum
 from distill.objectives.distribution import Kind
+from distill.taps import trace
+from growth.errors import UserError
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 11, 23, 5, 7
 SHARES = {
@@ -372,22 +376,18 @@ def test_float32_sees_a_small_difference(kind, share):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_products_and_float32_for_the_rest(dtype):
+def test_half_precision_is_computed_in_float32(dtype):
     student, teacher = heads(dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         ours = divergence(student, teacher, "jsd")
+    wide = [
+        Logits(*(x.detach().float().requires_grad_() for x in (s.hidden, s.weight, s.bias))) for s in (student, teacher)
+    ]
+    theirs = divergence(*wide, "jsd")
     assert ours.dtype == torch.float32
-    logits = [
-        torch.nn.functional.linear(s.hidden, s.weight, s.bias) for s in (student, teacher)
-    ]  # as the model has them
-    wide = logits[0].detach().float().requires_grad_()
-    theirs = divergence(wide, logits[1].float(), "jsd")
-    assert_same(ours, theirs, atol=1e-6)
-    slope = gradient(theirs, wide)[0].detach()
-    expected = [slope @ student.weight.detach().float(), slope.T @ student.hidden.detach().float(), slope.sum(0)]
-    for found, want, part in zip(gradient(ours, *learned(student)), expected, learned(student), strict=True):
-        assert found.dtype == part.dtype
-        torch.testing.assert_close(found.float(), want, rtol=0.02, atol=0.02 * want.abs().max().item())
+    assert_same(ours, theirs, atol=0)
+    for found, expected in zip(gradient(ours, *learned(student)), gradient(theirs, *learned(wide[0])), strict=True):
+        assert torch.equal(found, expected.to(dtype))
 
 
 def test_a_half_precision_head_sums_its_gradient_in_float32(monkeypatch):
@@ -450,7 +450,7 @@ def test_terms_over_counts_do_not_depend_on_how_the_batch_is_cut(objective, redu
     def run(rows):
         part = batch(rows)
         at = token_sum.scored(part["labels"], part["segment_ids"], causal=objective == "causal")[0] + 7 * rows.start
-        traces = [SimpleNamespace(logits=x[at]) for x in (student, teacher)]
+        traces = [SimpleNamespace(head=x[at]) for x in (student, teacher)]
         return value.terms(*traces, part)["jsd"], value.count(part)["jsd"], at
 
     whole, count, at = run(slice(0, 2))
@@ -495,3 +495,57 @@ def test_recipes_know_every_kind_there_is():
     assert (
         set(get_args(Kind)) == {*divergences.PLAIN, *divergences.SHARED, *divergences.SKEWED} == {k for k, _ in CASES}
     )
+
+
+# Heads of models
+
+OWN = {"gemma2": {"final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 3.0}, "cohere": {"logit_scale": 0.4}}
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "qwen2", *OWN])
+def test_what_a_model_does_to_its_logits_is_found_out(family):
+    """Tied and untied heads, transforms, biases, scales and caps: loss and gradient are those of the model's logits."""
+    own = {**OWN.get(family, {}), "tie_word_embeddings": family != "qwen2"}
+    model, teacher = language_model(family, **own), draw(5, tiny.VOCAB, seed=1, dtype=torch.float32)
+    rows, batch = torch.tensor([0, 3, 4, 9, 10]), tiny.batch([[7], [7]], 7)
+    head = trace(model, batch, (), rows).head
+    logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[rows]
+    assert (head.softcap, head.scale) == {
+        "gemma2": (2.0, 1.0),
+        "granite": (None, pytest.approx(1 / 3)),
+        "cohere": (None, pytest.approx(0.4)),
+    }.get(family, (None, 1.0))
+    assert_same(head.whole(), logits, atol=1e-5)
+    ours, theirs = divergence(head, teacher, "jsd"), reference(logits, teacher, "jsd").mean()
+    assert_same(ours, theirs, atol=1e-6)
+    reached = [p for p in model.parameters() if p.requires_grad]
+    sides = (torch.autograd.grad(loss, reached, allow_unused=True) for loss in (ours, theirs))
+    for found, expected in zip(*sides, strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def language_model(family, **own):
+    """Of families that tiny has no row for as well."""
+    if family in tiny.FAMILIES:
+        return tiny.model(family, tiny.head(family), **own)
+    config = transformers.AutoConfig.for_model(family, **tiny.GROUPED, **own)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused():
+    model = tiny.model("qwen2", "causal")
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: shifted(plain(*args, **kwargs))
+    with pytest.raises(UserError, match="does more to its logits"):
+        trace(model, tiny.batch([[7]], 7), (), torch.tensor([0]))
+
+
+def shifted(output):
+    output.logits = output.logits + 1
+    return output

@@ -230,7 +230,7 @@ def test_memory_is_linear_in_the_length(monkeypatch):
 
 
 def traced(taps, **more):
-    return SimpleNamespace(taps=taps, **{"scaling": {}, "causal": False, "logits": None, **more})
+    return SimpleNamespace(taps=taps, **{"scaling": {}, "causal": False, "head": None, **more})
 
 
 def qkv(batch, width, heads, kv_heads, seed):
@@ -418,7 +418,7 @@ def test_scored_positions_are_those_of_a_loop(causal):
     assert list(zip(rows.tolist(), targets.tolist(), strict=True)) == expected
     objective = CrossEntropy(objective="causal" if causal else "mlm")
     batch = {"labels": labels, "segment_ids": PACKED}
-    (term,) = objective.terms(traced({}, logits=torch.zeros(len(rows), 200)), None, batch).values()
+    (term,) = objective.terms(traced({}, head=torch.zeros(len(rows), 200)), None, batch).values()
     assert term / objective.count(batch)[objective.objective] == pytest.approx(math.log(200))
 
 

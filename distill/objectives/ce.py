@@ -36,7 +36,7 @@ class CrossEntropy(Value):
     def terms(self, student, target, batch) -> dict:
         from distill.objectives.token_sum import cross_entropy_sum
 
-        return {self.objective: cross_entropy_sum(student.logits, self._scored(batch)[1])}
+        return {self.objective: cross_entropy_sum(student.head, self._scored(batch)[1])}
 
     def _scored(self, batch):
         from distill.objectives.token_sum import scored

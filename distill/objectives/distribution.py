@@ -75,8 +75,8 @@ class Divergence(Value):
 
         rows, labels = self._scored(batch)
         value = divergence(
-            student.logits,
-            target.logits,
+            student.head,
+            target.head,
             self.kind,
             beta=0.5 if self.beta is None else self.beta,
             alpha=0.1 if self.alpha is None else self.alpha,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.heads import Logits
+from distill.heads import Logits, add_product
 from distill.objectives.divergences import Distribution, kind_of, slope
 from distill.objectives.known import known, softmax_rows
 
@@ -111,14 +111,13 @@ def token_sum(student: Logits, teacher: Logits | None, loss: RowLoss, weights: T
 
 
 class _Gradients:
-    """Of what makes the student's logits: summed in float32 over chunks, a head's products in its own dtype."""
+    """Of what makes the student's logits, summed over chunks in float32 or float64."""
 
     def __init__(self, student: Logits, dtype: torch.dtype):
         self.student = student
         given = [x for x in (student.hidden, student.weight, student.bias) if x is not None and x.requires_grad]
-        self.found = {
-            x: torch.empty_like(x) if x is student.hidden else torch.zeros_like(x, dtype=dtype) for x in given
-        }
+        kept = student.hidden.dtype if student.weight is None else dtype  # logits that are there are many
+        self.found = {x: torch.zeros_like(x, dtype=kept) for x in given}
 
     def room(self, rows: slice, product: Tensor) -> Tensor:
         """Where the derivative of these rows goes: where their logits were, or at once to its place."""
@@ -130,18 +129,11 @@ class _Gradients:
         if weight is None:
             return
         if hidden in self.found:
-            torch.mm(slope, weight, out=self.found[hidden][rows])
+            add_product(self.found[hidden][rows], slope, weight)
         if weight in self.found:
-            _add_product(self.found[weight], slope.mT, hidden[rows])
+            add_product(self.found[weight], slope.mT, hidden[rows])
         if bias in self.found:
-            self.found[bias] += slope.sum(0, dtype=self.found[bias].dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+            self.found[bias] += slope.sum(0)
 
 
 def against_labels(targets: Tensor) -> RowLoss:

@@ -89,9 +89,9 @@ class Factors(Axes):
         return [x * self._spread(key) / a for x, a in zip(after, scales, strict=True)] if gain else after
 
     def _spread(self, key: Key) -> float:
-        """What extra channels take from the deviation under a norm beside the stream (approximately: epsilon stays)."""
+        """What silent channels take from the deviation under a norm beside the stream (nearly: epsilon stays)."""
         real = sum(old >= 0 for old in self.maps[key].index)
-        return 1.0 if key == EMBED else math.sqrt(real / len(self.maps[key]))
+        return 1.0 if key == EMBED or self.maps[key].extra == "random" else math.sqrt(real / len(self.maps[key]))
 
     def _to_stream(self, slot: Slot) -> bool:
         """Whether a norm writes to the residual stream instead of to a branch."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from growth.anatomy import Anatomy
 from growth.errors import UserError
-from growth.maps import Units, dealt, kept_first, padded, rotary, sampled, tiled
+from growth.maps import Units, dealt, kept_first, padded, placed, rotary, sampled, tiled
 from growth.shapes import EMBED, HEAD, Key
 from growth.sizes import nearest
 
 FOLLOWERS = ("pool", "transform")  # as wide as the model, but not its residual stream
+BARE = ("zero", "random")  # old units once, and new parameters behind them
 
 
 def filled(anatomy: Anatomy, want: Mapping[str, int], how: str, seed: int) -> dict[Key, Units]:
@@ -37,15 +39,17 @@ def _stream_map(anatomy: Anatomy, old: int, new: int, how: str, seed: int) -> Un
         return Units(sampled(old, new, seed), old)
     if how == "exact":
         how = _exact_way(anatomy, old, new)
-    if (how in ("weighted", "zero")) != (family.norm == "rms") and how != "even":
-        others = "mean, fpi or aki" if family.norm == "layer" else "weighted, zero, fpi or aki"
+    if how in BARE:  # what is not there takes energy from a norm's statistic, which the rest makes up for with zeros
+        return Units(kept_first(old, new), old, math.sqrt(new / old) if how == "zero" else 1.0, how)
+    if (how == "weighted") != (family.norm == "rms") and how != "even":
+        others = ("mean" if family.norm == "layer" else "weighted") + ", fpi or aki"
         raise UserError(f"{how} channels do not suit the {family.norm} norms of {family.name}; {others} do")
     if how == "even":
         return Units(tiled(old, new), old)
     if how == "weighted":
         even = Units(tiled(old, new), old)
         return Units(even.index, old, tuple(math.sqrt(new / (old * c)) for c in even.copies))
-    return Units(padded(old, new), old, math.sqrt(new / (new // old * old)), how)
+    return Units(padded(old, new), old, math.sqrt(new / (new // old * old)), "mean")
 
 
 def _exact_way(anatomy: Anatomy, old: int, new: int) -> str:
@@ -69,9 +73,11 @@ def _head_maps(anatomy: Anatomy, want: Mapping[str, int], how: str, seed: int) -
     kv, group = anatomy.sizes["kv"], anatomy.sizes["group"]
     if (want["kv"], want["group"]) == (kv, group):
         return {}
-    shared = Units(_chosen(kv, want["kv"], how, seed), kv)
+    shared = _units(kv, want["kv"], how, seed)
+    deal = placed if how in BARE else dealt
     try:
-        return {("kv",): shared, ("kv", "group"): Units(dealt(shared, group, want["group"]), kv * group)}
+        queries = replace(shared, index=deal(shared, group, want["group"]), old=kv * group)
+        return {("kv",): shared, ("kv", "group"): queries}
     except ValueError:
         heads = group * want["kv"]
         raise UserError(
@@ -82,11 +88,13 @@ def _head_maps(anatomy: Anatomy, want: Mapping[str, int], how: str, seed: int) -
 
 def _plain_map(anatomy: Anatomy, axis: str, new: int, how: str, seed: int) -> dict[Key, Units]:
     old = anatomy.sizes[axis]
-    return {} if new == old else {(axis,): Units(_chosen(old, new, how, seed), old)}
+    return {} if new == old else {(axis,): _units(old, new, how, seed)}
 
 
-def _chosen(old: int, new: int, how: str, seed: int) -> tuple[int, ...]:
-    return sampled(old, new, seed) if how in ("fpi", "aki") else tiled(old, new)
+def _units(old: int, new: int, how: str, seed: int) -> Units:
+    if how in BARE:
+        return Units(kept_first(old, new), old, extra=how)
+    return Units(sampled(old, new, seed) if how in ("fpi", "aki") else tiled(old, new), old)
 
 
 def _size_of_heads(anatomy: Anatomy, new: int) -> dict[Key, Units]:

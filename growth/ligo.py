@@ -130,4 +130,4 @@ class Ligo(Factors):
 def _first(units: Units) -> tuple[list[int], list[int]]:
     """Where old units stand first, and all other places."""
     first = sorted({old: j for j, old in reversed(list(enumerate(units.index)))}.values())
-    return first, [j for j in range(len(units)) if j not in set(first)]
+    return first, sorted({*range(len(units))} - {*first})

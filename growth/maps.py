@@ -67,7 +67,8 @@ class Units:
     """A map of an axis in shapes: new unit j is old unit index[j], or -1 for an extra channel.
 
     Who writes the axis applies `scale`; who reads it shares each old unit out over its copies, so that the sum over
-    copies of read x write / scale is one. Extra channels carry `extra`: zero, or the mean of all old ones.
+    copies of read x write / scale is one. Extra channels carry `extra`: zero, the mean of all old ones, or what random
+    parameters make of them.
     """
 
     index: tuple[int, ...]
@@ -159,3 +160,9 @@ def dealt(kv: Units, group: int, new_group: int) -> tuple[int, ...]:
             heads.append(old * group + seen[old] % group)
             seen[old] += 1
     return tuple(heads)
+
+
+def placed(kv: Units, group: int, new_group: int) -> tuple[int, ...]:
+    """The same where new heads are no copies: old ones stay in their group, and behind them stand new ones."""
+    places = [(old, g) for old in kv.index for g in range(new_group)]
+    return tuple(old * group + g if old >= 0 and g < group else -1 for old, g in places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from growth.maps import Units
 
@@ -22,10 +23,10 @@ def generator(name: str, seed: int):
     return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
 
-def between_copies(noise, dim: int, units: Units, extra: bool):
+def between_copies(noise, dim: int, units: Units, free: Sequence[bool]):
     """Noise that tells the readers of copies apart at no cost: it sums to zero over the copies of each unit.
 
-    What reads extra channels is free where norms leave nothing of them (`extra`), and gets none elsewhere.
+    What reads an extra channel is free where nothing comes from there, and gets none elsewhere.
     """
     import torch
 
@@ -33,8 +34,7 @@ def between_copies(noise, dim: int, units: Units, extra: bool):
     old = torch.tensor(units.index)
     copies = torch.tensor(units.copies, dtype=noise.dtype).view([-1] + [1] * (noise.dim() - 1))
     real = old >= 0
-    if not extra:
-        noise[~real] = 0
+    noise[~real & ~torch.tensor(free)] = 0
     sums = noise.new_zeros([units.old, *noise.shape[1:]]).index_add_(0, old[real], noise[real])
     noise[real] -= sums[old[real]] / copies[real]
     return noise.movedim(0, dim)

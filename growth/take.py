@@ -18,6 +18,7 @@ class Widening(Factors):
 
     noise: float = 0.0  # of what readers see, relative to their weights, zero in sum over copies
     seed: int = 0
+    deviation: float = 0.02  # of what is random
 
     def take(self, tensor, slot: Slot):
         """The tensor on the new axes."""
@@ -57,10 +58,12 @@ class Widening(Factors):
         extra = _lined([old < 0 for old in units.index], dim, tensor)
         factors = self._along(tensor, slot, dim, d, key)
         wide = tensor.index_select(dim, _index(units)) * factors
+        if units.extra == "random":
+            return wide.where(~extra, self._random(wide, slot, dim))
         if self.noise and self._reads(slot, d):
-            return wide + self._noise(tensor, wide, dim, units, slot)
+            return wide + self._noise(tensor, wide, dim, slot, key)
         if self.noise and key == HEAD and self._key_alone(slot):
-            return wide + self._noise(tensor, wide, dim, units, slot) * extra  # queries are zero there
+            return wide + self._noise(tensor, wide, dim, slot, key) * extra  # queries are zero there
         return wide if min(units.index) >= 0 else wide.where(~extra, self._extra(tensor, dim, slot, d, units) * factors)
 
     def _fold(self, tensor, slot: Slot, dim: int, d: int, key: Key):
@@ -85,16 +88,30 @@ class Widening(Factors):
     def _extra(self, tensor, dim: int, slot: Slot, d: int, units: Units):
         """What extra channels hold: who writes the stream carries zero or the mean on, readers ignore it."""
         norm, bias = slot.row.is_norm, slot.part == ".bias"
+        if norm and self.family.norm == "layer" and units.extra == "zero":
+            return 0.0  # the mean is taken from a zero as well, which no gain is to let through
         if norm and not (bias and self._to_stream(slot)):
             return 0.0 if bias else 1.0  # a neutral gain
         writes = bias or slot.row.spec.produced == d
         return tensor.mean(dim, keepdim=True) if writes and units.extra == "mean" else 0.0
 
-    def _noise(self, tensor, wide, dim: int, units: Units, slot: Slot):
-        """Behind a post norm, what the norm writes to extra channels is read, a bias included."""
+    def _random(self, wide, slot: Slot, dim: int):
+        """As a new model starts: norms without effect, no biases, all else normal."""
+        if slot.row.is_norm or slot.part == ".bias":
+            return wide.new_tensor(float(slot.row.is_norm and slot.part == ".weight"))
+        return drawn(wide.shape, f"{slot.name} {dim}", self.seed, wide.dtype) * self.deviation
+
+    def _noise(self, tensor, wide, dim: int, slot: Slot, key: Key):
         noise = drawn(wide.shape, f"{slot.name} {dim}", self.seed, wide.dtype)
-        free = self.family.norms != "post"
-        return between_copies(noise, dim, units, extra=free) * self.noise * tensor.float().std()
+        return between_copies(noise, dim, self.maps[key], self._empty(key)) * self.noise * tensor.float().std()
+
+    def _empty(self, key: Key) -> list[bool]:
+        """Which extra channels nothing comes from: a post norm fills them, and values that are not new do."""
+        units = self.maps[key]
+        if key == ("kv", "group"):
+            shared = self.maps["kv",].index
+            return [shared[query * len(shared) // len(units)] < 0 for query in range(len(units))]
+        return [self.family.norms != "post" or units.extra == "zero"] * len(units)
 
 
 def _index(units: Units):

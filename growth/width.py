@@ -18,7 +18,7 @@ from growth.shapes import EMBED, HEAD, Key
 from growth.sizes import CALLED, Sizes, by_axis, new_sizes
 from growth.take import Widening, facts
 
-HOW = ("exact", "fpi", "aki", "weighted", "zero", "mean")
+HOW = ("exact", "fpi", "aki", "weighted", "mean", "zero", "random")
 
 
 def widen(
@@ -35,10 +35,12 @@ def widen(
 
     The sizes are those of `Sizes`: hidden, heads, kv_heads, head_size, ffn, vocab, vocab_multiple. `how` fills the new
     hidden channels: `exact` picks even copies, weighted copies (RMS norms) or mean channels (layer norms), and refuses
-    where none keeps the function; `weighted`, `zero` and `mean` ask for one of them; `fpi` samples copies and `aki`
-    also takes the new units from the layer above (Chen et al. 2022, arXiv 2110.07143): both leave the function where
-    the width is no multiple. `noise` tells copies apart without changing the function. Heads grow by channels that
-    start silent, the vocabulary by rows of zeros behind its own.
+    where none keeps the function; `weighted` and `mean` ask for one of them; `fpi` samples copies and `aki` also takes
+    the new units from the layer above (Chen et al. 2022, arXiv 2110.07143): both leave the function where the width is
+    no multiple. `zero` and `random` are no copies at all: new parameters are zero, which RMS norms can make up for, or
+    as a new model starts (the operators of Du et al. 2024, arXiv 2405.15319, in width; MSG fades random ones in with a
+    mask, which no checkpoint holds). `noise` tells copies, and zeros, apart without changing the function. Heads grow
+    by channels that start silent, the vocabulary by rows of zeros behind its own.
     """
     asked = Sizes.of(sizes)
     if how not in HOW:
@@ -61,13 +63,14 @@ def planned(anatomy: Anatomy, asked: Sizes, how: str, noise: float, seed: int) -
         given = "these sizes are the source's own" if asked else "no size is given"
         raise UsageError(f"nothing to widen: {given}; --hidden, --heads, --kv-heads, --head-size, --ffn, --vocab")
     tied, root = anatomy.tied_head and EMBED in maps, _root(anatomy, want["embed"])
-    widening = Widening(anatomy.family, anatomy.sizes, maps, tied, root, noise, seed)
+    deviation = anatomy.config.get("initializer_range", 0.02)
+    widening = Widening(anatomy.family, anatomy.sizes, maps, tied, root, noise, seed, deviation)
     kept = keeps(anatomy, maps)
     if how == "exact" and not kept:
         raise UserError(
             f"{anatomy.family.name} norms over all heads at once: only whole multiples of them keep the function"
         )
-    return widening, "no" if how == "aki" else "exact" if kept else "approximate"
+    return widening, "no" if how in ("aki", "random") else "exact" if kept else "approximate"
 
 
 def _wanted(anatomy: Anatomy, asked: Sizes) -> dict[str, int]:

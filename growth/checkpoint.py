@@ -98,6 +98,9 @@ def open(path: str | Path) -> Checkpoint:
     config = read_json(inside(path, CONFIG))
     if not isinstance(config, dict):
         raise UserError(f"{path / CONFIG}: an object is expected")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path / CONFIG}: architectures is {names!r}; a list of class names is expected")
     entries = _indexed(path) if not (path / SINGLE).exists() and (path / INDEX).exists() else _single(path)
     if not entries:
         raise UserError(f"{path} holds no tensors")

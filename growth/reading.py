@@ -91,9 +91,9 @@ def tokenizer_of(path: Path) -> Any:
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def windows(tokenizer: Any, words: str, length: int, anatomy: Anatomy, number: int = ROWS) -> Iterator[dict[str, Any]]:

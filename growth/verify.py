@@ -108,17 +108,17 @@ def _outputs(checkpoint, anatomy: Anatomy, tokens, dtype) -> dict[str, Any]:
 def load(checkpoint, anatomy: Anatomy, dtype):
     """The model by transformers, computing in one type throughout; a tensor missing from the files is an error."""
     import torch
-    import transformers
 
     _register_attention()
-    name = next(iter(anatomy.config.get("architectures") or []), "AutoModel")
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise UserError(f"{checkpoint.path}: transformers has no class {name}")
-    how = {"output_loading_info": True, "dtype": dtype, "attn_implementation": ATTENTION}
-    model, report = checkpoint.loaded(kind, **how)
+    kind = _class(checkpoint, anatomy)
+    try:
+        how = {"output_loading_info": True, "dtype": dtype, "attn_implementation": ATTENTION}
+        model, report = checkpoint.loaded(kind, **how)
+    except Exception as error:  # whatever transformers has against it
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{checkpoint.path}: transformers cannot load it: {said[:300]}") from error
     if report["missing_keys"]:
-        raise UserError(f"{checkpoint.path} lacks {sorted(report['missing_keys'])[0]} of {name}")
+        raise UserError(f"{checkpoint.path} lacks {sorted(report['missing_keys'])[0]} of {kind.__name__}")
     model.config._experts_implementation = "eager"
     if dtype == torch.float64:
         _plain_norms(model, anatomy)
@@ -126,10 +126,26 @@ def load(checkpoint, anatomy: Anatomy, dtype):
     return model.eval()
 
 
+def _class(checkpoint, anatomy: Anatomy):
+    """What config.json names, or the model without a head where nothing is named and no head is stored."""
+    import transformers
+
+    names = anatomy.config.get("architectures") or []
+    if not names and all(slot.row.body for slot in anatomy.places):
+        return transformers.AutoModel
+    if not names:
+        raise UserError(f"{checkpoint.path}: config.json names no architecture, so the class of its head is not known")
+    kind = getattr(transformers, names[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise UserError(f"{checkpoint.path}: transformers has no model {names[0]}")
+    return kind
+
+
 def quiet() -> None:
-    """No bars of transformers between the lines of a command."""
+    """Neither bars nor reports of transformers between the lines of a command."""
     from transformers.utils import logging
 
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
@@ -160,12 +176,17 @@ def _plain_norms(model, anatomy: Anatomy) -> None:
     family = anatomy.family
     for slot in anatomy.places if family.norm == "rms" else ():
         if slot.row.is_norm and slot.part == ".weight":
-            module = model.get_submodule(slot.name.removesuffix(".weight"))
+            module = model.get_submodule(_inside(model, anatomy, slot.name.removesuffix(".weight")))
             epsilon = getattr(family.view(anatomy.config), family.epsilon)
             module.forward = _rms(module, epsilon, 1.0 if family.gain == "1+w" else 0.0)
     if family.embed_scale:  # kept in float32 by transformers
-        table = model.get_submodule(f"{anatomy.prefix}{family.rows[0].name}")
+        table = model.get_submodule(_inside(model, anatomy, f"{anatomy.prefix}{family.rows[0].name}"))
         table.embed_scale = torch.tensor(math.sqrt(anatomy.sizes["embed"]), dtype=torch.float64)
+
+
+def _inside(model, anatomy: Anatomy, name: str) -> str:
+    """A module's name in this model, which may be the base model of what the files hold."""
+    return name if hasattr(model, anatomy.prefix.rstrip(".")) else name.removeprefix(anatomy.prefix)
 
 
 def _plain_routers(model, anatomy: Anatomy) -> None:

@@ -36,7 +36,7 @@ FAMILIES: dict[str, Family] = {
 def of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"no table for model_type {kind!r}{did_you_mean(kind, FAMILIES)}; known: {', '.join(FAMILIES)}"
             " (a new family is one table, one file in growth/families)"

@@ -175,8 +175,9 @@ def upcycle(src, dst, output, **asked):
 @click.argument("src")
 @click.argument("dst")
 @click.option("--size", type=int, help="Tokens, new ones behind the old.")
-@click.option("--how", default="mean", show_default=True, help="mean, normal or multivariate.")
-@click.option("--vectors", help="A safetensors file with aligned vectors: old, new, and same if some tokens are.")
+@click.option("--vectors", help="Other tokens: a safetensors file with same, and with old and new for aligned vectors.")
+@click.option("--how", help="mean (with --size the default), normal or multivariate; with --vectors wechsel or ofa.")
+@click.option("--rank", default=400, show_default=True, help="Of ofa's factors.")
 @click.option("--seed", default=0, show_default=True)
 @writing
 def vocabulary(src, dst, output, **asked):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -170,21 +171,78 @@ def test_more_tokens_leave_the_old_ones_as_they_were(source, tmp_path, kind, how
             assert (fresh - mean).abs().max() <= {"mean": 1e-6, "normal": 9.0, "multivariate": 0.05}[how]
 
 
-def test_rows_are_transferred_by_vectors_that_are_aligned(source, tmp_path):  # noqa: F811
-    src, draw = source("gpt2"), torch.Generator().manual_seed(0)
-    old = torch.randn(53, 16, generator=draw)
-    new = torch.cat([old[[5, 1, 0]] * 3, torch.randn(4, 16, generator=draw)])
-    same = torch.tensor([5, 1, 0, -1, -1, -1, 7])
-    save_file({"old": old, "new": new, "same": same}, tmp_path / "vectors.safetensors")
-    path = growth.vocabulary(src, tmp_path / "x", vectors=tmp_path / "vectors.safetensors")
-    before, after = values(src)["transformer.wte.weight"], values(path)["transformer.wte.weight"]
-    torch.testing.assert_close(after[[0, 1, 2, 6]], before[[5, 1, 0, 7]])
-    normal = torch.nn.functional.normalize
-    near = (normal(new[3:4], dim=1) @ normal(old, dim=1).T).topk(10)
-    torch.testing.assert_close(after[3], ((near.values / 0.1).softmax(1).double() @ before[near.indices[0]])[0])
-    assert load(path, dtype=torch.float64).config.vocab_size == 7
-    identity = growth.vocabulary(src, tmp_path / "y", vectors={"old": old, "new": old, "same": torch.arange(53)})
-    assert close(src, identity)
+def aligned(path=None, seed=0):
+    """Vectors of 53 old and 9 new tokens: three are old ones, one has no vector, one is an old one by another name."""
+    draw = torch.Generator().manual_seed(seed)
+    old = torch.randn(53, 16, generator=draw, dtype=torch.float64)
+    old[[2, 11]] = 0  # without vectors: nobody's neighbours
+    new = torch.cat([torch.randn(7, 16, generator=draw, dtype=torch.float64), torch.zeros(1, 16), 2 * old[20:21]])
+    vectors = {"old": old, "new": new, "same": torch.tensor([5, 1, -1, -1, -1, -1, 2, -1, -1])}
+    if path is not None:
+        save_file(vectors, path)
+    return path or vectors
+
+
+def expected_rows(table, vectors, rank=None):
+    """WECHSEL's and OFA's rows in float64, token by token."""
+    table, old, new = (np.asarray(one, dtype=np.float64) for one in (table, vectors["old"], vectors["new"]))
+    u, s, vh = np.linalg.svd(table, full_matrices=False)
+    rank = rank or len(s)
+    low = u[:, :rank] @ np.diag(s[:rank]) @ vh[:rank]
+    rows = np.full((len(new), table.shape[1]), np.nan)  # nothing is known of what is drawn
+    for i, (vector, same) in enumerate(zip(new, vectors["same"].tolist(), strict=True)):
+        if same >= 0:
+            rows[i] = table[same]
+        elif vector.any():
+            cosines = {j: vector @ o / np.linalg.norm(vector) / np.linalg.norm(o) for j, o in enumerate(old) if o.any()}
+            nearest = sorted(cosines, key=cosines.get)[-10:]
+            weight = np.exp(np.array([cosines[j] for j in nearest]) / 0.1)
+            rows[i] = (weight / weight.sum()) @ low[nearest]
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "gpt_neox", "t5"])
+@pytest.mark.parametrize(("how", "rank"), [("wechsel", None), ("ofa", 100), ("ofa", 7)])
+def test_rows_are_transferred_by_aligned_vectors_in_every_table(source, tmp_path, kind, how, rank):  # noqa: F811
+    path = growth.vocabulary(source(kind), tmp_path / "x", vectors=aligned(tmp_path / "v.safetensors"), how=how,
+                             **({"rank": rank} if rank else {}))  # fmt: skip
+    old, new, tables = values(source(kind)), values(path), 0
+    for slot, name in dissect(growth.open(source(kind))).places.items():
+        if slot.dims[0] == ("vocab",) and len(slot.dims) == 2:
+            tables += 1
+            expected = expected_rows(old[name], aligned(), rank if rank and rank < old[name].shape[1] else None)
+            known = ~expected.isnan().any(1)
+            assert known.tolist() == [True] * 7 + [False, True]
+            torch.testing.assert_close(new[name][known], expected[known], rtol=0, atol=2e-6)  # cosines are float32's
+            assert torch.equal(new[name][[0, 1, 6]], old[name][[5, 1, 2]])
+            assert (new[name][7] - old[name].mean(0)).abs().max() < 6 * old[name].std(0).max()
+    assert tables == {"llama": 2, "gpt_neox": 2}.get(kind, 1)
+    assert load(path, dtype=torch.float64).config.vocab_size == 9
+
+
+def test_the_ways_of_making_rows_are_told_apart(source, tmp_path):  # noqa: F811
+    made = {how: values(growth.vocabulary(source("gpt2"), tmp_path / how, vectors=aligned(), how=how, rank=5))
+            for how in ("wechsel", "ofa", "mean", "normal", "multivariate")}  # fmt: skip
+    rows = [tables["transformer.wte.weight"] for tables in made.values()]
+    assert all(torch.equal(row[[0, 1, 6]], rows[0][[0, 1, 6]]) for row in rows)
+    assert all((a[2:6] - b[2:6]).abs().min() > 0 for i, a in enumerate(rows) for b in rows[:i])
+
+
+def test_the_identity_of_a_vocabulary_is_the_model_itself_in_every_way(source, tmp_path):  # noqa: F811
+    for how in ("wechsel", "ofa", "mean", "normal"):
+        everything = {**aligned(), "new": aligned()["old"], "same": torch.arange(53)}
+        assert close(source("gpt2"), growth.vocabulary(source("gpt2"), tmp_path / how, vectors=everything, how=how), 0)
+
+
+def test_normal_rows_have_the_mean_and_the_deviation_of_the_tables_own(source, tmp_path):  # noqa: F811
+    old = values(source("gpt2"))["transformer.wte.weight"]
+    for how, spread in (("normal", old.std(0)), ("multivariate", 1e-5**0.5 * old.std(0))):
+        path = growth.vocabulary(source("gpt2"), tmp_path / how, size=4053, how=how)
+        new = values(path)["transformer.wte.weight"][53:]
+        assert ((new.mean(0) - old.mean(0)).abs() < 5 * spread / 4000**0.5).all()
+        assert ((new.std(0) / spread - 1).abs() < 0.1).all()
+    covariance = torch.corrcoef((new - new.mean(0)).T) - torch.corrcoef(old.T)
+    assert covariance.abs().max() < 0.1  # multivariate: channels go together as in the table
 
 
 def test_vocabularies_that_cannot_be_are_refused(source, tmp_path):  # noqa: F811
@@ -192,8 +250,17 @@ def test_vocabularies_that_cannot_be_are_refused(source, tmp_path):  # noqa: F81
         growth.vocabulary(source("gpt2"), tmp_path / "x", size=40)
     with pytest.raises(UserError, match=r"`old` \[53, n\]"):
         growth.vocabulary(source("gpt2"), tmp_path / "x", vectors={"old": torch.zeros(9, 4), "new": torch.zeros(9, 4)})
-    with pytest.raises(UsageError, match="either size"):
-        growth.vocabulary(source("gpt2"), tmp_path / "x")
+    for asked, said in (({}, "either the size"), ({"size": 60, "how": "wechsel"}, "needs aligned vectors"),
+                        ({"size": 60, "how": "magic"}, "one of mean")):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            growth.vocabulary(source("gpt2"), tmp_path / "x", **asked)
+    for change, said in (
+        ({"same": torch.full((9,), 53)}, "0 to 52"),
+        ({"new": torch.full((9, 16), torch.nan)}, "not finite"),
+        ({"old": torch.zeros(53, 16)}, "every row of `old` is zero"),
+    ):
+        with pytest.raises(UserError, match=said):
+            growth.vocabulary(source("gpt2"), tmp_path / "x", vectors={**aligned(), **change})
 
 
 def test_the_commands_do_what_the_functions_do(two, tmp_path):

@@ -1,5 +1,6 @@
-"""Gradients of tapped values under ZeRO-3 with activation checkpointing, against a plain model: `taps_zero3.py FAMILY`
+"""Gradients under ZeRO-3 with activation checkpointing, against a plain model: `taps_zero3.py FAMILY|FAMILY.HEAD`
 
+Of tapped values, or with a head (bert.mlm, qwen2.causal) of losses on its own weights, tied or not.
 Parameters are let go of at once, as those of a big model are: without `taps.Keep` DeepSpeed then crashes in backward.
 """
 
@@ -13,6 +14,7 @@ import torch
 
 from distill import taps, world
 from distill.engine import _deepspeed
+from distill.objectives import cross_entropy, divergence
 
 CONFIG = {
     "train_batch_size": 3,
@@ -39,9 +41,23 @@ class Lesson(torch.nn.Module):
         return sum(value.square().mean() for value in tapped.values())
 
 
-def gap(family: str, deepspeed) -> float:
+class Head(Lesson):
+    def forward(self, batch):
+        rows = torch.tensor([0, 1, 5, 12, 13], device=world.device())
+        head = taps.trace(self.model, batch, [], rows).head
+        teacher = torch.randn(5, tiny.VOCAB, generator=torch.Generator().manual_seed(3)).to(world.device())
+        return divergence(head, teacher, "jsd") + cross_entropy(head, rows)
+
+
+def lesson(name: str) -> Lesson:
+    family, _, head = name.partition(".")
+    model = tiny.model(family, head or None, tie_word_embeddings=family != "qwen2").train().to(world.device())
+    return (Head if head else Lesson)(model)
+
+
+def gap(name: str, deepspeed) -> float:
     """How far the gradient is from the plain model's, relative to its norm."""
-    sharded, plain = (Lesson(tiny.model(family).train().to(world.device())) for _ in range(2))
+    sharded, plain = lesson(name), lesson(name)
     sharded.model.activation_checkpointing_enable()
     engine, *_ = deepspeed.initialize(model=sharded, model_parameters=list(sharded.parameters()), config=CONFIG)
     batch = {name: t.to(world.device()) for name, t in tiny.batch([[11], [7], [1]], 11).items()}
@@ -60,4 +76,4 @@ def gap(family: str, deepspeed) -> float:
 if __name__ == "__main__":
     world.start()
     deepspeed = _deepspeed()
-    print(json.dumps({family: gap(family, deepspeed) for family in sys.argv[1:]}))
+    print(json.dumps({name: gap(name, deepspeed) for name in sys.argv[1:]}))

@@ -14,6 +14,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import launch
 from pydantic import ValidationError
 
 from distill.heads import Logits
@@ -536,6 +537,11 @@ def language_model(family, **own):
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model
+
+
+def test_losses_on_a_head_under_zero_3_have_the_gradient_of_a_plain_model():
+    (gaps,) = launch("taps_zero3.py", "bert.mlm", "qwen2.causal", "gpt2.causal")
+    assert len(gaps) == 3 and max(gaps.values()) < 2e-6
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused():

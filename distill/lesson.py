@@ -39,7 +39,7 @@ class Lesson(nn.Module):
 
 def _trace(model: nn.Module, batch: dict, needs: list, side: str) -> Trace:
     wanted = sorted({tap for need in needs for tap in getattr(need, side)})
-    heads = {need.head for need in needs if need.head} if side == "student" else set()
+    heads = {need.head for need in needs if need.head and (side == "student" or need.target_head)}
     rows = scored(batch["labels"], batch["segment_ids"], causal="causal" in heads)[0] if heads else None
     return trace(model, batch, wanted, rows)
 

@@ -51,7 +51,7 @@ class Stage:
         self.steps = total_steps(spec.stop, spec.optim.batch, self.corpus)
         self.student = models.load(self.start, self.head)
         self.student.train(spec.dropout)
-        self.targets = Targets({name: self._load_target(t) for name, t in spec.targets.items()}, self.objectives)
+        self.targets = Targets({name: self._load_target(name) for name in spec.targets}, self.objectives)
         self.data = self._data()
         self.log = directory / "log.jsonl"
 
@@ -62,11 +62,14 @@ class Stage:
             models.seed_checkpoint(self.spec.student, self.context.model, start, self.head, self.context.seed, corpus)
         return start
 
-    def _load_target(self, target) -> nn.Module:
-        recipe = self.context.recipe
+    def _load_target(self, name: str) -> nn.Module:
+        """With its head if an objective asks for its logits."""
+        recipe, target = self.context.recipe, self.spec.targets[name]
+        needs = [objective.needs() for objective in self.objectives.values() if objective.target == name]
+        head = next((need.head for need in needs if need.target_head), None)
         asked = recipe.models[target.from_].dtype if target.from_ in recipe.models else None
         dtype = asked or {"fp32": "float32", "bf16": "bfloat16"}[recipe.engine.precision]
-        model = models.load(self.context.model(target.from_), None, getattr(torch, dtype))
+        model = models.load(self.context.model(target.from_), head, getattr(torch, dtype))
         return models.freeze(model).to(world.device())
 
     def _data(self) -> Data:

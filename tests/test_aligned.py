@@ -25,7 +25,7 @@ from distill.objectives.aligned_sum import (
     log_likelihoods,
     shared_divergence,
 )
-from distill.spans import Writing, shared, spans
+from distill.spans import Tokens, Writing, shared, spans
 from distill.taps import trace
 
 PROSE = ["The cat sat on the mat, and the other cats did not. ", "naïve café straße x = 12 \n"] * 9
@@ -169,6 +169,22 @@ def test_spans_are_as_fine_as_they_can_be():
             assert tokenizer(kind).convert_ids_to_tokens(s.ids) == expected and found.tolist() == [0, 1]
 
 
+def written(*after):
+    return Tokens(np.arange(len(after)), list(after), *np.zeros((2, len(after)), dtype=bool))
+
+
+def test_a_boundary_within_a_character_is_no_boundary_beside_it():
+    """' ½' normalised is ' 1' and '/2': what lies between them is not the blank that another tokeniser leaves out."""
+    words = written(((5, b""), (6, b"")), ((8, b""), (8, b"")))
+    normalised = written(((5, b" 1"), (5, b" 1")), ((8, b""), (8, b"")))
+    assert [of.tolist() for of in spans(words, normalised)] == [[0, 0], [0, 0]]
+    assert [of.tolist() for of in spans(normalised, normalised)] == [[0, 1], [0, 1]]
+
+
+def test_a_blank_in_front_of_an_unknown_word_does_not_stand_for_it():
+    assert [of.tolist() for of in spans(writing("bpe").encode("0"), writing("unigram").encode("0"))] == [[-1], [-1, -1]]
+
+
 # Reading rows back
 
 
@@ -178,9 +194,12 @@ def test_a_row_cut_anywhere_is_read_back_without_its_half_characters(kind, text,
     ids = writing(kind).encode(text).ids
     a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(ids))] * 2)))
     read, seen = writing(kind).read(ids[a:b])
-    whole = b"".join(writing(kind).bytes[i] for i in ids[a:b])
+    spelt = [writing(kind).bytes[i] for i in ids[a:b]]
+    whole = b"".join(spelt)
     assert read in text and read == whole.decode(errors="ignore")
-    assert len(whole) - len(read.encode()) <= 6 and (read == "" or seen.spoilt.sum() <= 6)
+    ends = np.cumsum([0, *map(len, spelt)]) - whole.find(read.encode())
+    assert not read or seen.spoilt.tolist() == ((ends[:-1] < 0) | (ends[1:] > len(read.encode()))).tolist()
+    assert not read or [low for (low, _), _ in seen.after] == ends[1:].tolist()
 
 
 @given(st.sampled_from(EXACT), TEXT)
@@ -249,7 +268,16 @@ def test_the_end_of_a_text_is_a_span_and_a_cut_is_not(kinds):
     theirs = np.flatnonzero((told.ids[0] == tokenizer(kinds[1]).eos_token_id) & (told.segments[0] > 0))[-1]
     assert told.student[0, place] == told.teacher[0, theirs] == told.counts[0] - 1
     segments[0, place:] = 0
-    assert alignment.tell(ids, segments).counts[0] == told.counts[0] - 1
+    cut = alignment.tell(ids, segments)
+    assert cut.counts[0] == told.counts[0] - 1
+    assert len(cut.ids[0]) == len(told.ids[0]) - len(tokens.facts(tokenizer(kinds[1])).end)
+
+
+def test_what_nothing_predicts_is_in_no_span():
+    """The first token of a document, where its tokeniser puts nothing before it."""
+    for kinds, mine, theirs in ((("fallback", "bpe"), 0, 1), (("bpe", "fallback"), 1, 0)):
+        told = Alignment(*map(tokenizer, kinds)).tell(*packed(kinds[0], ["the cat"]))
+        assert told.student[0, mine] == told.teacher[0, theirs] == -1 and told.counts[0] > 1
 
 
 def test_rows_without_text_have_no_spans():
@@ -271,6 +299,8 @@ def test_shared_pieces_are_the_same_bytes_or_have_the_same_role():
     }
     assert named["Ġthe"] == "▁the" and named["t"] == "t" and named["Ġ"] == "▁" and named["Ã"] == "<0xC3>"
     assert named["</s>"] == "</s>" and named["x"] == "<0x78>" and "<pad>" not in named
+    ends = transformers.PreTrainedTokenizerFast(tokenizer_object=one.tokenizer.backend_tokenizer, eos_token="<pad>")
+    assert [2, 1] in shared(one, Writing(ends)).T.tolist()  # </s> and <pad> have the same role
 
 
 # What is compared

@@ -14,6 +14,7 @@ import numpy as np
 from distill.shards import Column
 from distill.spans import Writing, shared, spans
 
+NONE = -1  # no span
 COLUMNS = {"log_likelihoods": Column("float32", ragged=True, unit="nat")}  # of a store: a row's spans, in their order
 
 
@@ -29,10 +30,10 @@ class Told:
 
 
 class Alignment:
-    """A student's tokeniser and a teacher's."""
+    """A student's tokeniser and a teacher's; the teacher reads no row longer than `longest`."""
 
-    def __init__(self, student: Any, teacher: Any):
-        self.student, self.teacher = Writing(student), Writing(teacher)
+    def __init__(self, student: Any, teacher: Any, longest: int | None = None):
+        self.student, self.teacher, self.longest = Writing(student), Writing(teacher), longest
 
     def shared(self) -> np.ndarray:
         """Ids of the pieces that both have [2, K]: the student's, the teacher's."""
@@ -40,23 +41,34 @@ class Alignment:
 
     def tell(self, ids: np.ndarray, segments: np.ndarray) -> Told:
         """Rows of the student [B, T] for the teacher; document n of a row is document n of the teacher's row."""
-        student, rows, counts = np.full(ids.shape, -1), [], []
-        number = 0
-        for row in range(len(ids)):
-            told, first = [], number
-            for segment in dict.fromkeys(segments[row][segments[row] > 0].tolist()):
-                places = np.flatnonzero(segments[row] == segment)
-                theirs, of_mine, of_theirs = self._document(ids[row, places])
-                student[row, places] = np.where(of_mine < 0, -1, of_mine + number)
-                told.append((theirs, np.full(len(theirs), segment), np.where(of_theirs < 0, -1, of_theirs + number)))
-                number += int(of_mine.max(initial=-1)) + 1
-            rows.append(
-                [np.concatenate(column) for column in zip(*told, strict=True)] if told else [np.empty(0, int)] * 3
-            )
-            counts.append(number - first)
-        pad = self.teacher.facts.pad
-        ids, segments, teacher = (_stacked([row[k] for row in rows], fill) for k, fill in enumerate((pad, 0, -1)))
-        return Told(ids, segments, student, teacher, np.array(counts))
+        rows = [self._row(*row) for row in zip(ids, segments, strict=True)]
+        counts = np.array([1 + student.max(initial=-1) for student, *_ in rows])
+        starts = np.cumsum(counts) - counts
+        return Told(
+            ids=_stacked([row[1] for row in rows], self.teacher.facts.pad),
+            segments=_stacked([row[2] for row in rows], 0),
+            student=_stacked([_from(n, row[0]) for n, row in zip(starts, rows, strict=True)], NONE),
+            teacher=_stacked([_from(n, row[3]) for n, row in zip(starts, rows, strict=True)], NONE),
+            counts=counts,
+        )
+
+    def _row(self, ids: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The student's spans [T]; the teacher's ids, segments and spans [U]."""
+        student, told, number = np.full(len(ids), NONE), [(np.empty(0, np.int64),) * 3], 0
+        for segment in dict.fromkeys(segments[segments > 0].tolist()):
+            places = segments == segment
+            theirs, of_mine, of_theirs = self._document(ids[places])
+            student[places] = _from(number, of_mine)
+            told.append((theirs, np.full_like(theirs, segment), _from(number, of_theirs)))
+            number += 1 + of_mine.max(initial=-1)
+        return self._cut(student, *map(np.concatenate, zip(*told, strict=True)))
+
+    def _cut(self, student: np.ndarray, ids: np.ndarray, segments: np.ndarray, teacher: np.ndarray):
+        """Without what the teacher has no place for, and without the span that is cut in two."""
+        beyond = teacher[self.longest :] if self.longest else teacher[:0]
+        first = min(beyond[beyond != NONE], default=len(student))
+        student, teacher = (np.where(side < first, side, NONE) for side in (student, teacher))
+        return student, *(side[: self.longest] for side in (ids, segments, teacher))
 
     def _document(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The teacher's ids of a document, and the spans of both sides; the first token of either is not predicted."""
@@ -66,6 +78,10 @@ class Alignment:
         theirs = self.teacher.framed(theirs, len(text.encode()), end=ended)
         mine, theirs = (side.besides(np.arange(len(side.ids)) == 0) for side in (mine, theirs))
         return theirs.ids, *spans(mine, theirs)
+
+
+def _from(number: int, spans: np.ndarray) -> np.ndarray:
+    return np.where(spans == NONE, NONE, spans + number)
 
 
 def _stacked(rows: list[np.ndarray], fill: int) -> np.ndarray:

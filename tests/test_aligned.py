@@ -280,6 +280,17 @@ def test_what_nothing_predicts_is_in_no_span():
         assert told.student[0, mine] == told.teacher[0, theirs] == -1 and told.counts[0] > 1
 
 
+@pytest.mark.parametrize("longest", range(1, 20))
+def test_a_row_too_long_for_the_teacher_keeps_the_spans_that_it_reads_whole(longest):
+    row = packed("bpe", ["the cats", "on the mat"])
+    sides = tokenizer("bpe"), tokenizer("fallback")
+    whole, cut = (Alignment(*sides, longest=n).tell(*row) for n in (None, longest))
+    kept = [n for n in range(whole.counts[0]) if (np.flatnonzero(whole.teacher[0] == n) < longest).all()]
+    assert cut.ids[0].tolist() == whole.ids[0, :longest].tolist() and cut.counts[0] == len(kept)
+    for ours, theirs in ((cut.student, whole.student), (cut.teacher, whole.teacher[:, :longest])):
+        assert ours[0].tolist() == [n if n in kept else -1 for n in theirs[0].tolist()]
+
+
 def test_rows_without_text_have_no_spans():
     told = Alignment(tokenizer("bpe"), tokenizer("unigram")).tell(np.ones((2, 5), int), np.zeros((2, 5), int))
     assert told.counts.tolist() == [0, 0] and (told.student == -1).all() and told.ids.shape == (2, 0)

@@ -18,6 +18,8 @@ from launch import launch
 from pydantic import ValidationError
 
 from distill.heads import Logits
+from distill.lesson import Lesson, Targets
+from distill.models import freeze
 from distill.objectives import Divergence, cross_entropy, divergence, divergences, token_sum
 from distill.objectives.distribution import Kind
 from distill.taps import trace
@@ -537,6 +539,20 @@ def language_model(family, **own):
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model
+
+
+def test_a_lesson_compares_the_heads_of_student_and_teacher():
+    objectives = {"divergence": Divergence(target="t", kind="reverse_kl", temperature=2.0)}
+    student, teacher = tiny.model("qwen2", "causal"), freeze(tiny.model("gemma2", "causal", hidden_size=36, seed=1))
+    lesson, targets = Lesson(student, objectives), Targets({"t": teacher}, objectives)
+    batch = tiny.batch([[7], [4]], 9)
+    (term,) = lesson(batch, targets(batch, ["divergence"]), ["divergence"]).values()
+    mask = batch["segment_ids"] > 0
+    logits = [m(input_ids=batch["input_ids"], attention_mask=mask.long()).logits for m in (student, teacher)]
+    pairs = zip(*([x[0, :6], x[1, :3]] for x in logits), strict=True)  # each token that has a next one in its row
+    expected = sum(reference(*pair, "reverse_kl", temperature=2.0).sum() for pair in pairs)
+    assert_same(term, expected, atol=1e-4)
+    assert objectives["divergence"].count(batch) == {"reverse_kl": 9}
 
 
 def test_losses_on_a_head_under_zero_3_have_the_gradient_of_a_plain_model():

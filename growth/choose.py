@@ -138,7 +138,7 @@ def new_tokens(anatomy: Anatomy, axes: Selection) -> tuple[dict[str, Any], bool]
 def _renumbered(key: str, ids: int | list[int], number: Mapping[int, int]) -> int | list[int]:
     if isinstance(ids, list):
         return [_renumbered(key, one, number) for one in ids]
-    if ids not in number:
+    if type(ids) is not int or ids not in number:
         raise UserError(f"config.json needs token {ids} ({key}), which is not among the kept ones")
     return number[ids]
 

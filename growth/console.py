@@ -15,6 +15,7 @@ from growth.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of the disk, of what a user may have, of one file
 INTERRUPTED = 130  # the shell's code for SIGINT
+LONGEST = 4000  # characters of a message
 EVERY = 10.0  # seconds between progress lines in a log file
 
 
@@ -37,8 +38,14 @@ class Commands(click.Group):
             self._fail(context, f"{where}{error.strerror}", UserError.exit_code)
 
     def _fail(self, context: click.Context, message: str, code: int) -> None:
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"error: {plain(message)}", err=True)
         context.exit(code)
+
+
+def plain(text: str) -> str:
+    """What comes from a file may hold anything, a terminal's commands too, or be endless."""
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[:LONGEST])
+    return shown + " ..." * (len(text) > LONGEST)
 
 
 def first_rank() -> bool:

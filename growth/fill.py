@@ -115,6 +115,8 @@ def _size_of_heads(anatomy: Anatomy, new: int) -> dict[Key, Units]:
 def _refuse_bent_rotation(anatomy: Anatomy) -> None:
     """Some ways to stretch rotary positions depend on the place of a pair, not on its speed alone."""
     facts = anatomy.config.get("rope_parameters") or anatomy.config.get("rope_scaling") or {}
+    if not isinstance(facts, dict):
+        raise UserError(f"config.json: rotary positions {facts!r} are not an object")
     each = [one for one in (facts, *facts.values()) if isinstance(one, dict)]
     kinds = [one.get("rope_type", one.get("type", "default")) for one in each]
     if bent := next((kind for kind in kinds if kind not in ("default", "linear", "llama3")), None):

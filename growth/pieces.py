@@ -67,6 +67,10 @@ def packed(value: float, dtype: str) -> bytes:
         return bytes(BYTES[dtype])  # of every type
     if dtype == "BF16":
         return struct.pack("<f", value)[2:]  # the upper half; exact for the 0, 1 and -1 that are ever filled in
+    if dtype == "F8_E5M2":
+        return struct.pack("<e", value)[1:]  # likewise
+    if dtype == "F8_E4M3":
+        return {1.0: b"\x38", -1.0: b"\xb8"}[value]
     return struct.pack({"F64": "<d", "F32": "<f", "F16": "<e"}[dtype], value)
 
 

@@ -187,4 +187,5 @@ def widely(change: Callable[[Any], Any], tensor):
     """Computed in float32 (or wider), cast once."""
     import torch
 
-    return change(tensor.to(torch.promote_types(tensor.dtype, torch.float32))).to(tensor.dtype)
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32  # types of eight bits cannot be promoted
+    return change(tensor.to(wide)).to(tensor.dtype)

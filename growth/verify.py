@@ -175,18 +175,14 @@ def _plain_norms(model, anatomy: Anatomy) -> None:
 
     family = anatomy.family
     for slot in anatomy.places if family.norm == "rms" else ():
-        if slot.row.is_norm and slot.part == ".weight":
-            module = model.get_submodule(_inside(model, anatomy, slot.name.removesuffix(".weight")))
+        if slot.row.body and slot.row.is_norm and slot.part == ".weight":
+            name = slot.name.removeprefix(anatomy.prefix).removesuffix(".weight")
+            module = model.base_model.get_submodule(name)  # whatever the files put in front of it
             epsilon = getattr(family.view(anatomy.config), family.epsilon)
             module.forward = _rms(module, epsilon, 1.0 if family.gain == "1+w" else 0.0)
     if family.embed_scale:  # kept in float32 by transformers
-        table = model.get_submodule(_inside(model, anatomy, f"{anatomy.prefix}{family.rows[0].name}"))
+        table = model.base_model.get_submodule(family.rows[0].name)
         table.embed_scale = torch.tensor(math.sqrt(anatomy.sizes["embed"]), dtype=torch.float64)
-
-
-def _inside(model, anatomy: Anatomy, name: str) -> str:
-    """A module's name in this model, which may be the base model of what the files hold."""
-    return name if hasattr(model, anatomy.prefix.rstrip(".")) else name.removeprefix(anatomy.prefix)
 
 
 def _plain_routers(model, anatomy: Anatomy) -> None:

@@ -193,7 +193,10 @@ class View:
         return not condition or bool(getattr(self, condition))
 
     def size(self, axis: str, size: Size) -> int | None:
-        value = getattr(self, size) if isinstance(size, str) else size(self) if callable(size) else size
+        try:
+            value = getattr(self, size) if isinstance(size, str) else size(self) if callable(size) else size
+        except (TypeError, ZeroDivisionError) as error:
+            raise UserError(f"config.json: {axis} cannot be told from its sizes ({error})") from None
         if value is not None and (type(value) is not int or value < 0):
             raise UserError(f"config.json gives {axis} = {value!r}; a whole number is expected")
         return value

@@ -35,7 +35,7 @@ class Anatomy:
         """Tensors that are not stored because they are another one."""
         stored = {slot.name for slot in self.places}
         slots = self.family.slots(self.config, self.prefix)
-        pairs = _tied(self.family, self.prefix) if self.family.view(self.config).tie_word_embeddings else {}
+        pairs = _tied(self.family, self.prefix) if self.family.view(self.config).holds(self.family.ties) else {}
         return {head: source for head, source in pairs.items() if head not in stored and self._has(slots[head])}
 
     @property
@@ -125,7 +125,7 @@ def _row_like(family: Family, name: str, shape: tuple[int, ...], config: Mapping
 
 def _refuse_missing(family: Family, checkpoint, prefix: str, slots: Iterable[Slot], places: Mapping[Slot, str]) -> None:
     here = {slot.row.group for slot in places} | {""}
-    shared = _tied(family, prefix) if family.view(checkpoint.config).tie_word_embeddings else {}
+    shared = _tied(family, prefix) if family.view(checkpoint.config).holds(family.ties) else {}
     wanted = [slot for slot in slots if slot.row.required and slot.row.group in here]
     missing = [slot.name for slot in wanted if slot not in places and slot.name not in shared]
     if missing:

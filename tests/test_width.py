@@ -142,6 +142,32 @@ def test_every_head_reads_the_wider_model_alike(source, tmp_path, kind, cls):
     assert gap(src, growth.widen(src, tmp_path / "x", **asked)) <= EXACT
 
 
+@pytest.mark.parametrize("stored", ["once", "thrice"])
+def test_t5_with_a_head_of_its_own_grows_in_every_direction(source, tmp_path, stored):
+    """T5 1.1: config.json says that nothing is tied; the embeddings of both stacks are one table all the same."""
+    old = growth.open(source("t5", feed_forward_proj="gated-gelu"))
+    tensors = {name: old.tensor(name) for name in old}
+    head = torch.randn(53, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
+    copies = ("encoder", "decoder") if stored == "thrice" else ()
+    tensors |= {
+        "lm_head.weight": head,
+        **{f"{stack}.embed_tokens.weight": tensors["shared.weight"] for stack in copies},
+    }
+    config = {key: value for key, value in old.config.items() if key != "scale_decoder_outputs"}
+    src = growth.write(tmp_path / "src", {**config, "tie_word_embeddings": False}, tensors.items())
+    assert torch.equal(load(src, dtype=torch.float64).lm_head.weight, head)
+    for number, asked in enumerate(
+        ({"hidden": 60}, {"hidden": 45, "ffn": 50, "heads": 7}, {"head_size": 6, "vocab": 64})
+    ):
+        path = growth.widen(src, tmp_path / str(number), **asked, noise=0.5)
+        assert gap(src, path) <= EXACT and verify(src, path).kept
+    assert gap(src, growth.insert(src, tmp_path / "deep", layers=2)) == 0
+    twice = growth.open(growth.stack(src, tmp_path / "twice"))
+    assert torch.equal(twice.tensor("lm_head.weight"), head) and gap(src, twice.path) > 0.1
+    again = growth.open(growth.undo(tmp_path / "deep", tmp_path / "back"))
+    assert all(torch.equal(again.tensor(name), tensor) for name, tensor in tensors.items())
+
+
 # every row of the table that breaks
 
 

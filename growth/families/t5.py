@@ -57,6 +57,7 @@ T5 = Family(
     ),
     last_norm="decoder.final_layer_norm", head_scaled=False, head_scale="scale_decoder_outputs",
     epsilon="layer_norm_epsilon",
+    ties="",                          # transformers does, whatever config.json says; T5 1.1 stores a head of its own
     tied={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
           "lm_head.weight": "shared.weight"},
     buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),

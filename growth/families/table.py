@@ -94,6 +94,7 @@ class Family:
     roles: Mapping[str, str]  # query, key, value: the modules that make them
     heads: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose storage it shares
+    ties: str = "tie_word_embeddings"  # config key: whether it does where only one of them is stored; "": always
     closing: tuple[str, ...] = ()  # norms that write to the residual stream, by the end of their row's name
     last_norm: str = ""  # the norm in front of the tied head, whose gain makes up for what happens to the table
     embed_scale: bool = False  # the embeddings are multiplied by sqrt(embed)

@@ -8,15 +8,17 @@ counted as if it were not, since gradients pass through most of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distill import hooks
 from distill.hooks import Part
 
 if TYPE_CHECKING:
     from distill.models import Facts
-    from distill.recipe import Recipe, Stage
+    from distill.recipe import Recipe, Stage, TrainSpec
 
 
 def working(facts: Facts, head: bool) -> int:
@@ -31,6 +33,7 @@ class Cost:
     student: Facts
     head: bool  # whether an objective runs the student's head
     teachers: Mapping[str, Facts]
+    headed: frozenset[str]  # the teachers whose heads run as well
     tokens: int  # places of one step: rows x length
     parts: tuple[Part, ...] = ()  # what of the student may take part, each as often; (): all of it
 
@@ -49,10 +52,28 @@ class Cost:
 
     def teaching(self, targets: Iterable[str]) -> int:
         """FLOPs of one forward pass of each of these."""
-        return sum(2 * working(self.teachers[name], False) for name in targets) * self.tokens
+        return sum(2 * working(self.teachers[name], name in self.headed) for name in targets) * self.tokens
+
+
+def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, Facts], length: int) -> Cost:
+    """Of a train stage on rows of this length."""
+    objectives = [objective for _, objective in spec.objectives()]
+    return Cost(
+        student=student,
+        head=any(objective.needs().head for objective in objectives),
+        teachers=teachers,
+        headed=frozenset(objective.target for objective in objectives if objective.needs().target_head),
+        tokens=spec.optim.batch * length,
+        parts=hooks.parts(spec.hook_values()),
+    )
 
 
 def as_much_as(recipe: Recipe, reference: str, spent: Callable[[Stage], float | None]) -> float | None:
     """What a stage and the train stages it was made from took; None where one of them is not known."""
     amounts = [spent(stage) for stage in recipe.made_from(reference)]
     return None if None in amounts else sum(amounts)
+
+
+def steps_for(amount: float, measure: str, tokens: float, flops: float) -> int:
+    """How many steps of so many tokens and FLOPs each come to an amount."""
+    return max(math.ceil(amount / {"steps": 1, "tokens": tokens, "flops": flops}[measure]), 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from growth.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("master", *MOMENTS)  # what the state of one parameter consists of
+
+Phases = frozenset[Hashable] | None  # the kinds of steps that update a parameter; None: every step
 
 
 class NonFinite(UserError):
@@ -64,28 +66,49 @@ def _overlay(below: dict, above: dict) -> dict:
     return {**above, **both}
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters: matrices decay, vectors (biases, norm gains) do not."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+def groups(module: nn.Module, weight_decay: float, phases: Mapping[str, Phases]) -> list[dict]:
+    """Trainable parameters: matrices decay, vectors (biases, norm gains) do not; apart by when they are updated."""
+    found: dict[tuple, list] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            found.setdefault((phases.get(name), p.dim() > 1), []).append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "phases": when, "sits_out": False}
+        for (when, decays), params in sorted(found.items(), key=lambda item: not item[0][1])
     ]
-    return [group for group in groups if group["params"]]
+
+
+class Adam(torch.optim.AdamW):
+    """AdamW whose groups may sit a step out: then weights, moments and the count of steps stay as they are.
+
+    So it is in torch for parameters without a gradient; ZeRO's flat partitions always have one, of zeros.
+    """
+
+    def step(self, closure=None):
+        whole = self.param_groups
+        self.param_groups = [group for group in whole if not group["sits_out"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = whole
 
 
 class Engine:
-    """`module` under ZeRO. `engine(...)` runs it; then `backward` for each micro-batch, then one `step`."""
+    """`module` under ZeRO. `engine(...)` runs it; then `backward` for each micro-batch, then one `step`.
 
-    def __init__(self, module: nn.Module, spec, optim, micro_batch: int):
+    `phases` names the parameters that only some kinds of steps update.
+    """
+
+    def __init__(self, module: nn.Module, spec, optim, micro_batch: int, phases: Mapping[str, Phases] | None = None):
         world.start()
         deepspeed = _deepspeed()
         self.stage, self.precision, self.clip = spec.zero, spec.precision, optim.clip
         self._linear = nn.functional.linear  # stage 3 replaces it for the whole process
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(
-            decay_groups(module, optim.weight_decay), lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True
-        )
+        adamw = Adam(
+            groups(module, optim.weight_decay, phases or {}),
+            lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True,
+        )  # fmt: skip
         exact = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad and self._rounds}
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw, config=config(spec, optim, micro_batch), dist_init_required=False
@@ -93,7 +116,7 @@ class Engine:
         self._base.state.clear()  # stage 0 in low precision has taken an empty step by now, and counted it
         self.accumulation = self.engine.gradient_accumulation_steps()
         if self._rounds:  # else the float32 masters would start from rounded weights
-            self.load_state(lambda name, key: exact[name] if key == "master" else None, step=0)
+            self.load_state(lambda name, key: exact[name] if key == "master" else None, lambda phases: 0)
 
     def __call__(self, *args):
         return self.engine(*args)
@@ -108,13 +131,18 @@ class Engine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # between micro-batches this only counts
 
-    def step(self, lr: float) -> float:
-        """Clip, update, zero the gradients; returns the norm before clipping. NonFinite: no weight was changed."""
+    def step(self, lr: float, phase: Hashable = None) -> float:
+        """Clip, update, zero the gradients; returns the norm before clipping. NonFinite: no weight was changed.
+
+        In a `phase`, parameters of other phases stay as they are.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+            group["sits_out"] = phase is not None and group["phases"] is not None and phase not in group["phases"]
         norm = self._plain_norm() if self._is_plain else None
         skipped = self.engine.skipped_steps
         self.engine.step()
+        self._forget_gradients()
         if self.engine.skipped_steps > skipped:
             raise NonFinite("a gradient is not finite; the step was not taken")
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
@@ -134,13 +162,13 @@ class Engine:
         for name, p in self._trainable():
             yield name, self._get(p, key)
 
-    def load_state(self, read: Callable[[str, str], Tensor | None], step: int) -> None:
-        """Put back what `state` gave: `read(name, key)` returns a full tensor, or None to leave the moment at zero."""
-        for flat in self._flat_masters():
-            self._base.state[flat] = {
-                "step": torch.tensor(float(step), device=flat.device),
-                **{key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS},
-            }
+    def load_state(self, read: Callable[[str, str], Tensor | None], updates: Callable[[Phases], int]) -> None:
+        """Put back what `state` gave: `read(name, key)` returns a full tensor, or None to leave the moment at zero.
+
+        `updates` says how often parameters of these phases were updated.
+        """
+        for flat, phases in self._flat_masters():
+            self._base.state[flat] = _adam_state(flat, updates(phases))
         self._link()
         for name, p in self._trainable():
             for key in KEYS:
@@ -170,17 +198,31 @@ class Engine:
         """The torch optimizer below DeepSpeed's wrapper."""
         return self.engine.optimizer if self._is_plain else self.engine.optimizer.optimizer
 
-    def _flat_masters(self) -> list[Tensor]:
+    def _flat_masters(self) -> list[tuple[Tensor, Phases]]:
         """The tensors that the torch optimizer really updates: flat partitions under ZeRO, else one a parameter."""
+        groups = self._base.param_groups
         if self.stage == 3:
-            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self._base.param_groups for p in group["params"]]
+            wrapper = self.engine.optimizer
+            return [
+                (flat, groups[wrapper.sub_group_to_group_id[i]]["phases"])
+                for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat)
+            ]
+        return [(p, group["phases"]) for group in groups for p in group["params"]]
+
+    def _forget_gradients(self) -> None:
+        """Stage 3 writes gradients over those of the step before: where none came, the old one would count again."""
+        if self.stage == 3 and (held := self.engine.optimizer.grad_partitions_flat_buffer) is not None:
+            held.zero_()
 
     def _link(self) -> None:
         """Let stages 1 and 2 find the moments of a parameter inside the flat partition.
 
-        DeepSpeed does it once, after the first group's first step, when the second group has no moments yet.
+        DeepSpeed does it once, after the first group's first step, when the second group has no moments yet. A group
+        that was never updated has none to find: they are zero.
         """
+        for flat, _ in self._flat_masters() if self._base.state else ():
+            if not self._base.state[flat]:
+                self._base.state[flat] = _adam_state(flat, 0)
         if self.stage in (1, 2) and self._base.state:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -238,3 +280,9 @@ class Engine:
             self.engine.zero_grad()
             raise NonFinite("a gradient is not finite; the step was not taken")
         return norm
+
+
+def _adam_state(flat: Tensor, updates: int) -> dict[str, Tensor]:
+    """What AdamW keeps of a tensor, with moments of zero."""
+    moments = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS}
+    return {"step": torch.tensor(float(updates), device=flat.device), **moments}

@@ -15,6 +15,7 @@ import click
 
 from distill import stages
 from distill.context import Context
+from distill.cost import as_much_as, steps_for
 from distill.preflight import Planned, check
 from distill.recipe import EngineSpec, Recipe, Stage
 from growth.console import count, seconds, size, table
@@ -27,9 +28,10 @@ ACTIVATIONS = (
 BYTES_A_TOKEN = 4  # of English text, in a vocabulary of 30 thousand pieces
 STDLIB_BYTES = 1_400_000  # prose of CPython 3.10 to 3.13, about
 NOTES = (
-    "forecast, not measured. FLOPs = 6 N D of the student + 2 N D of each teacher; N = parameters, the embedding table",
-    "only where a head reads it; D = tokens; the square of the length is left out. Trainable is at most what is shown:",
-    "what no loss reaches is found at the first batch and frozen. Memory is that of one rank, activations",
+    "forecast, not measured. FLOPs = 6 N D of the student (of a sub-model 2 N D forward, 4 N D for what it updates),",
+    "2 N D of teachers; N = parameters, the table of tokens only where a head reads it; D = tokens; the square of the",
+    "length is left out. Before: what the stages cost that a student was made from. Trainable is at most what is",
+    "shown: what no loss reaches is found at the first batch and frozen. Memory is that of one rank, activations",
     f"{ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in fp32), losses and libraries not counted.",
 )
 
@@ -44,7 +46,9 @@ class Forecast:
     steps: int | None
     tokens: float | None
     exact: bool  # whether the number of tokens is known, not estimated from the size of the text
-    flops: float | None
+    flops: float | None  # of the student
+    flops_before: float | None  # of the train stages that the student was made from
+    teacher_flops: float | None
     memory: dict[str, float]
     disk: float
 
@@ -58,6 +62,8 @@ def show(recipe: Recipe, out: Path, ranks: int) -> None:
     rows = [forecast(stage, planned, ranks) for stage in recipe.stages if stage.train]
     speed, machine = matmul_speed(recipe.engine.precision)
     workers = ranks if machine == "GPU" else 1
+    if grown := [stage for stage in recipe.stages if stage.grow]:
+        table(*_grown(grown, planned))
     table(*_stages(rows, recipe.seeds, speed * UTILISATION * workers))
     table(*_memory(rows))
     for line in NOTES:
@@ -69,43 +75,62 @@ def show(recipe: Recipe, out: Path, ranks: int) -> None:
         )
 
 
+def _grown(stages: list[Stage], planned: Planned) -> tuple[list[str], list[list[Any]], str]:
+    lines = []
+    for stage in stages:
+        story, facts = planned.grown(stage.grow).growth, planned.facts(stage.id)
+        ops = ", ".join(name for name, _ in stage.grow.operators())
+        lines.append([stage.id, stage.grow.from_, ops, _shape(facts), count(facts.parameters), story["preserves"]])
+    return ["stage", "from", "operators", "model", "parameters", "preserves"], lines, "what grows"
+
+
+def _shape(facts) -> str:
+    return f"{facts.family} {facts.layers} x {facts.widths['hidden']}"
+
+
 def forecast(stage: Stage, planned: Planned, ranks: int) -> Forecast:
     """From configs alone."""
-    spec, recipe = stage.train, planned.recipe
-    student = planned.student_facts(stage.id)
-    teachers = {target.from_: planned.facts(target.from_) for target in spec.targets.values()}
-    heads = any(objective.needs().head for _, objective in spec.objectives())
-    row = spec.optim.batch * recipe.corpora[spec.data].length
-    steps, exact = _steps(spec, row, lambda: corpus_tokens(planned, spec.data))
-    tokens = None if steps is None else steps * row
-    a_token = 6 * working(student, heads) + sum(2 * working(teacher, False) for teacher in teachers.values())
+    spec, recipe, cost = stage.train, planned.recipe, planned.cost(stage)
+    student = cost.student
+    steps, exact = _steps(stage, planned)
     return Forecast(
         stage=stage.id,
-        shape=f"{student.family} {student.layers} x {student.widths['hidden']}",
+        shape=_shape(student),
         parameters=student.parameters,
         steps=steps,
-        tokens=tokens,
+        tokens=_times(steps, cost.tokens),
         exact=exact,
-        flops=None if tokens is None else tokens * a_token,
-        memory=memory(student, list(teachers.values()), recipe.engine, spec, row, ranks),
+        flops=_times(steps, cost.mean),
+        flops_before=as_much_as(recipe, stage.origin, lambda s: _amount(s, planned, "flops")),
+        teacher_flops=_times(steps, cost.teaching(cost.teachers)),
+        memory=memory(student, list(cost.teachers.values()), recipe.engine, spec, cost.tokens, ranks),
         disk=disk(student.parameters, spec),
     )
 
 
-def working(facts, head: bool) -> int:
-    """Parameters that a token is multiplied with: a table is looked up, a head is not."""
-    table_size = facts.vocab * facts.widths["hidden"]
-    return facts.parameters - (0 if head else table_size)
+def _times(steps: int | None, each: float) -> float | None:
+    return None if steps is None else steps * each
 
 
-def _steps(spec, row: int, corpus) -> tuple[int | None, bool]:
+def _amount(stage: Stage, planned: Planned, measure: str) -> float | None:
+    """What a stage takes, in steps, tokens or FLOPs."""
+    cost = planned.cost(stage)
+    return _times(_steps(stage, planned)[0], {"steps": 1, "tokens": cost.tokens, "flops": cost.mean}[measure])
+
+
+def _steps(stage: Stage, planned: Planned) -> tuple[int | None, bool]:
     """(steps, whether that is exact); None where nobody knows the size of the corpus."""
-    if spec.stop.steps is not None:
-        return spec.stop.steps, True
-    if spec.stop.tokens is not None:
-        return math.ceil(spec.stop.tokens / row), False
-    tokens, exact = corpus()
-    return (None, False) if tokens is None else (max(math.ceil(spec.stop.epochs * tokens / row), 1), exact)
+    stop, cost, recipe = stage.train.stop, planned.cost(stage), planned.recipe
+    if stop.steps is not None:
+        return stop.steps, True
+    if stop.tokens is not None:
+        return math.ceil(stop.tokens / cost.tokens), False
+    if stop.like is not None:
+        amount = as_much_as(recipe, stop.like, lambda s: _amount(s, planned, recipe.equal))
+        exact = recipe.equal != "tokens" and all(_steps(s, planned)[1] for s in recipe.made_from(stop.like))
+        return (None, False) if amount is None else (steps_for(amount, recipe.equal, cost.tokens, cost.mean), exact)
+    tokens, exact = corpus_tokens(planned, stage.train.corpus)
+    return (None, False) if tokens is None else (max(math.ceil(stop.epochs * tokens / cost.tokens), 1), exact)
 
 
 def corpus_tokens(planned: Planned, name: str) -> tuple[float | None, bool]:
@@ -165,7 +190,7 @@ def matmul_speed(precision: str, duration: float = 0.5) -> tuple[float, str]:
 
 
 def _stages(rows: list[Forecast], seeds: int, speed: float) -> tuple[list[str], list[list[Any]], str]:
-    columns = ["stage", "student", "trainable", "steps", "tokens", "FLOPs", "disk", "time"]
+    columns = ["stage", "student", "trainable", "steps", "tokens", "FLOPs", "before", "teachers", "disk", "time"]
     lines = [
         [
             row.stage if seeds == 1 else f"{row.stage} x {seeds} seeds",
@@ -173,13 +198,17 @@ def _stages(rows: list[Forecast], seeds: int, speed: float) -> tuple[list[str], 
             count(row.parameters),
             _or_unknown(row.steps, lambda n, row=row: f"{'' if row.exact else '~'}{n}"),
             _or_unknown(row.tokens and row.tokens * seeds, count),
-            _or_unknown(row.flops and row.flops * seeds, lambda n: f"{n:.2g}"),
+            *(_or_unknown(n and n * seeds, _flops) for n in (row.flops, row.flops_before, row.teacher_flops)),
             size(row.disk * seeds),
-            _or_unknown(row.flops and row.flops * seeds / speed, seconds),
+            _or_unknown(row.flops and (row.flops + row.teacher_flops) * seeds / speed, seconds),
         ]
         for row in rows
     ]
     return columns, lines, "what it would cost (a forecast)"
+
+
+def _flops(n: float) -> str:
+    return f"{n:.2g}" if n else "-"
 
 
 def _or_unknown(value, write) -> str:

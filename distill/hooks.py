@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from distill.objectives import Objective
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """What of a student takes part in a step: its first `depth` blocks run, those from `first` on are updated."""
 
     depth: int
@@ -155,9 +157,7 @@ def drawn(parts: Sequence[Part], seed: int, step: int) -> Part | None:
 
 def updates(parts: Sequence[Part], seed: int, steps: int, updated: frozenset[Part] | None) -> int:
     """How many of the first `steps` steps updated what is updated in these parts (None: in all)."""
-    if updated is None:
-        return steps
-    return sum(drawn(parts, seed, step) in updated for step in range(steps))
+    return steps if updated is None else sum(drawn(parts, seed, step) in updated for step in range(steps))
 
 
 @contextmanager

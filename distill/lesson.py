@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distill import corpus, world
+from distill.corpus.masking import NONE
+from distill.hooks import Part, taking_part
 from distill.objectives import scored
 from distill.taps import Trace, trace
 
 PROBE = 16  # tokens a row are enough to see which parameters a loss reaches
+HELDOUT_ROWS = 256  # of a curve: a few thousand scored tokens, a standard error of some hundredths of a nat
+HELDOUT_SEED = 0  # of its masks: a constant of the measure, not of the run
 
 
 class Lesson(nn.Module):
@@ -23,9 +28,12 @@ class Lesson(nn.Module):
         self.student = student
         self.objectives = objectives
 
-    def forward(self, batch: dict, targets: dict[str, Trace], active: list[str]) -> dict[str, Tensor]:
-        """{objective.term: sum over this micro-batch} of the active objectives."""
-        seen = _trace(self.student, batch, [self.objectives[name].needs() for name in active], "student")
+    def forward(
+        self, batch: dict, targets: dict[str, Trace], active: list[str], part: Part | None = None
+    ) -> dict[str, Tensor]:
+        """{objective.term: sum over this micro-batch} of the active objectives, as a part of the student meets them."""
+        with taking_part(self.student, part):
+            seen = _trace(self.student, batch, [self.objectives[name].needs() for name in active], "student")
         return {
             f"{name}.{term}": value
             for name in active
@@ -71,16 +79,17 @@ def named_losses(spec) -> dict:
 
 
 class Data:
-    """The rows of every step, for every rank: a pure function of (seed, step)."""
+    """The rows of every step, for every rank: a pure function of (seed, step). `offset`: where its stream begins."""
 
-    def __init__(self, batches: corpus.Batches, batch: int, micro_batch: int, packed: bool, device):
+    def __init__(self, batches: corpus.Batches, batch: int, micro_batch: int, packed: bool, device, offset: int = 0):
         self.batches, self.batch, self.micro_batch = batches, batch, micro_batch
-        self.packed, self.device = packed, device
+        self.packed, self.device, self.offset = packed, device, offset
 
     def __call__(self, step: int, mask: float | None = None) -> list[dict]:
         """The micro-batches of this rank, on its device; `mask` is the masking rate of this step."""
         mine = range(world.rank(), self.batch // self.micro_batch, world.size())
-        return [self._load(step * self.batch + m * self.micro_batch, mask) for m in mine]
+        first = self.offset + step * self.batch
+        return [self._load(first + m * self.micro_batch, mask) for m in mine]
 
     def _load(self, position: int, mask: float | None) -> dict:
         batch = self.batches.at(range(position, position + self.micro_batch), mask)
@@ -88,18 +97,51 @@ class Data:
         return {key: value.to(self.device) for key, value in batch.items()}
 
 
-def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data) -> list[str]:
+def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data, parts: Sequence[Part] = ()) -> list[str]:
     """Freeze what no objective reaches (MiniLM: the last output projection and FFN); returns the names.
 
-    Found by one backward pass over a few tokens: a parameter without a gradient is outside the graph. Left in, ZeRO's
-    flat partitions would decay it.
+    Found by one backward pass over a few tokens (one for each part of the student that may be drawn): a parameter
+    without a gradient is outside the graph. Left in, ZeRO's flat partitions would decay it.
     """
     batch = {key: value[:1, :PROBE] if value.dim() == 2 else value[:1] for key, value in data(0)[0].items()}
     lesson.to(data.device)
     names = list(lesson.objectives)
-    sum(lesson(batch, targets(batch, names), names).values()).backward()
+    for part in parts or (None,):
+        sum(lesson(batch, targets(batch, names), names, part).values()).backward()
     unreached = [name for name, p in lesson.named_parameters() if p.grad is None]
     for name, p in lesson.named_parameters():
         p.grad = None
         p.requires_grad_(name not in unreached)
     return [name.removeprefix("student.") for name in unreached]
+
+
+class First:
+    """The first rows of a stream. Places behind them are there, so that ranks run alike, and count for nothing."""
+
+    def __init__(self, batches: corpus.Batches, rows: int):
+        self.batches, self.rows = batches, rows
+
+    def at(self, positions: Iterable[int], mask: float | None = None) -> dict:
+        batch = self.batches.at(positions, mask)
+        return {**batch, "labels": batch["labels"].where(torch.tensor(positions)[:, None] < self.rows, NONE)}
+
+
+class Heldout:
+    """The loss of one objective on the same masked rows of held-out text, whenever and wherever it is asked for."""
+
+    def __init__(self, lesson: Lesson, name: str, batches: corpus.Batches, micro_batch: int, packed: bool):
+        self.student, self.objective, self.name = lesson.student, lesson.objectives[name], name
+        rows, whole = min(HELDOUT_ROWS, len(batches.corpus)), micro_batch * world.size()
+        self.data = Data(First(batches, rows), -(-rows // whole) * whole, micro_batch, packed, world.device())
+
+    @torch.no_grad()
+    def __call__(self, run: Callable) -> float:
+        """`run` is the engine around the lesson. Collective; the student is as it was afterwards."""
+        total, count, dropout = 0.0, 0.0, self.student.training
+        self.student.eval()
+        for batch in self.data(0):
+            count += sum(float(n) for n in self.objective.count(batch).values())
+            total += sum(float(value) for value in run(batch, {}, [self.name]).values())
+        self.student.train(dropout)
+        total, count = world.agree(total, count)
+        return total / max(count, 1.0)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import growth
-from distill import fitting, growing, hooks, world
-from distill.cost import Cost
+from distill import fitting, growing, world
+from distill.cost import Cost, cost_of
 from distill.operators import Cut, Given
 from distill.recipe import CutSpec, EngineSpec, OptimSpec, Recipe, Stage, StudentSpec
 from growth import files
@@ -88,14 +88,9 @@ class Planned:
 
     def cost(self, stage: Stage) -> Cost:
         """What a step of a train stage costs."""
-        spec = stage.train
-        return Cost(
-            student=self.student_facts(stage.id),
-            head=any(objective.needs().head for _, objective in spec.objectives()),
-            teachers={name: self.facts(target.from_) for name, target in spec.targets.items()},
-            tokens=spec.optim.batch * self.recipe.corpora[spec.corpus].length,
-            parts=hooks.parts(spec.hook_values()),
-        )
+        teachers = {name: self.facts(target.from_) for name, target in stage.train.targets.items()}
+        length = self.recipe.corpora[stage.train.corpus].length
+        return cost_of(stage.train, self.student_facts(stage.id), teachers, length)
 
     def _measure(self, config: dict[str, Any]):
         """Each different config is built once, on the meta device."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from distill import world
-from distill.engine import KEYS, Engine
+from distill.engine import KEYS, Engine, Phases
 from growth.console import say
 from growth.errors import UserError
 from growth.files import committed, ensure_space, fault, read_json, sha256, write_json
@@ -116,8 +117,12 @@ def verify(snapshot: Path) -> dict:
     return manifest
 
 
-def restore(snapshot: Path, engine: Engine, belongs: dict) -> dict:
+def restore(
+    snapshot: Path, engine: Engine, belongs: dict, updates: Callable[[int, Phases], int] = lambda steps, phases: steps
+) -> dict:
     """Put a verified snapshot into the engine; returns its manifest. All ranks read the files.
+
+    `updates` says how many of so many steps updated the parameters of these phases.
 
     Raises UserError with every difference when the snapshot belongs to another recipe, model, tokenizer or corpus.
     """
@@ -126,7 +131,7 @@ def restore(snapshot: Path, engine: Engine, belongs: dict) -> dict:
     manifest = read_json(snapshot / "manifest.json")
     _compare(snapshot, manifest, belongs)
     files = {key: safe_open(snapshot / f"{key}.safetensors", "pt") for key in KEYS}
-    engine.load_state(lambda name, key: files[key].get_tensor(name), manifest["step"])
+    engine.load_state(lambda name, key: files[key].get_tensor(name), partial(updates, manifest["step"]))
     say(f"resumed from {snapshot}")
     return manifest
 

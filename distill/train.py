@@ -8,18 +8,22 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from distill import corpus, layout, models, snapshot, sources, world
+from distill import corpus, extent, hooks, layout, models, snapshot, sources, world
+from distill.cost import Cost, as_much_as, cost_of
 from distill.engine import Engine, NonFinite
-from distill.lesson import Data, Lesson, Targets, freeze_unreachable, named_losses
+from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, Targets, freeze_unreachable, named_losses
 from distill.preflight import micro_batch
 from distill.recipe import NO_INPUT
 from distill.schedules import Progress
 from growth import console
+from growth.console import count
 from growth.errors import UserError
 from growth.files import digest, ensure_space, fault, write_text
 
@@ -37,6 +41,20 @@ def train(spec, context, directory: Path) -> dict:
     return Stage(spec, context, directory).run()
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a stage has used so far: steps, tokens without padding, FLOPs of the student and of its teachers."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: int = 0
+    teacher_flops: int = 0
+
+    @classmethod
+    def of(cls, entry: dict) -> Spent:
+        return cls(*(entry[field.name] for field in fields(cls)))
+
+
 class Stage:
     """What a training stage holds while it runs."""
 
@@ -47,12 +65,18 @@ class Stage:
         self.head, self.mask = (headed.needs().head, headed.mask) if headed else (None, None)
         self.micro_batch = micro_batch(context.recipe.engine, spec.optim, world.size())
         self.start = world.first(self._make_start) or directory / "start"
-        self.corpus = corpus.open(context.corpus(spec.data), "train")
-        self.steps = total_steps(spec.stop, spec.optim.batch, self.corpus)
+        self.corpus = corpus.open(context.corpus(spec.corpus), "train")
+        self.hooks = spec.hook_values()
+        self.cost = self._cost()
+        self.offset = extent.offset(spec, context)
+        self.steps = extent.steps(directory.name, spec, context, self.corpus, self.cost)
         self.student = models.load(self.start, self.head)
         self.student.train(spec.dropout)
+        self.lesson = Lesson(self.student, self.objectives)
         self.targets = Targets({name: self._load_target(name) for name in spec.targets}, self.objectives)
+        self.packed = all(layout.packable(model.config) for model in (self.student, *self.targets.models.values()))
         self.data = self._data()
+        self.heldout = self._heldout() if spec.evaluate_every else None
         self.log = directory / "log.jsonl"
 
     def _make_start(self) -> Path:
@@ -72,32 +96,54 @@ class Stage:
         model = models.load(self.context.model(target.from_), head, getattr(torch, dtype))
         return models.freeze(model).to(world.device())
 
+    def _cost(self) -> Cost:
+        teachers = {name: models.facts(self.context.model(t.from_)) for name, t in self.spec.targets.items()}
+        return cost_of(self.spec, models.facts(self.start), teachers, self.corpus.length)
+
     def _data(self) -> Data:
-        together = [self.student, *self.targets.models.values()]
-        packed = all(layout.packable(model.config) for model in together)
         batches = corpus.Batches(self.corpus, self.context.seed, self.head)
-        return Data(batches, self.spec.optim.batch, self.micro_batch, packed, world.device())
+        optim = self.spec.optim
+        return Data(batches, optim.batch, self.micro_batch, self.packed, world.device(), self.offset)
+
+    def _heldout(self) -> Heldout:
+        """Of the loss `ce`; the rate of masking is the one that training begins with."""
+        text = corpus.open(self.context.corpus(self.spec.corpus), "heldout")
+        rate = self.objectives["ce"].mask.at(Progress(0, self.steps))
+        batches = corpus.Batches(text, HELDOUT_SEED, self.objectives["ce"].objective, rate)
+        return Heldout(self.lesson, "ce", batches, self.micro_batch, self.packed)
 
     def run(self) -> dict:
-        lesson = Lesson(self.student, self.objectives)
-        frozen = freeze_unreachable(lesson, self.targets, self.data)
-        engine = Engine(lesson, self.context.recipe.engine, self.spec.optim, self.micro_batch)
+        parts = self.cost.parts
+        for hook in self.hooks:
+            hook.prepare(self.student, self.start)
+        frozen = freeze_unreachable(self.lesson, self.targets, self.data, parts)
+        phases = {f"student.{name}": when for name, when in hooks.updated_in(self.student, parts).items()}
+        engine = Engine(self.lesson, self.context.recipe.engine, self.spec.optim, self.micro_batch, phases)
         try:
-            self._loop(engine, *self._resume(engine))
+            self._loop(engine, self._resume(engine))
             self._export(engine)
         finally:
             engine.close()
-        return {**self._summary(), "steps": self.steps, "frozen": frozen}
+        return {**self._summary(), "steps": self.steps, "position": self._position(self.steps), "frozen": frozen}
+
+    def _position(self, step: int) -> int:
+        """In the stream of rows, after so many steps."""
+        return self.offset + step * self.spec.optim.batch
 
     def _summary(self) -> dict:
         """From the log, so that an interrupted run counts whole."""
-        entries = [json.loads(line) for line in self.log.read_text().splitlines()]
-        tokens, seconds = entries[-1]["tokens"], sum(entry["seconds"] for entry in entries)
+        entries = [entry for line in self.log.read_text().splitlines() if (entry := json.loads(line))["step"]]
+        last, seconds = entries[-1], sum(entry["seconds"] for entry in entries)
+        before = as_much_as(self.context.recipe, self.spec.student.origin, extent.spent(self.context, "flops"))
         return {
-            "terms": entries[-1]["terms"],
-            "tokens": tokens,
+            "terms": last["terms"],
+            "tokens": last["tokens"],
+            "flops": last["flops"],
+            "flops_before": before,
+            "teacher_flops": last["teacher_flops"],
             "seconds": round(seconds, 2),
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": last["tokens"] / seconds,
+            **({"heldout": last["heldout"]} if "heldout" in last else {}),
         }
 
     def belongs(self) -> dict:
@@ -111,70 +157,82 @@ class Stage:
                 name: sources.weights_sha256(self.context.model(t.from_)) for name, t in self.spec.targets.items()
             },
             "corpus_digest": self.corpus.digest,
+            "offset": self.offset,
+            "steps": self.steps,
             "stage": engine.zero,
             "ranks": world.size(),
             "precision": engine.precision,
         }
 
-    def _resume(self, engine: Engine) -> tuple[int, int]:
-        """(steps done, tokens seen): of the latest snapshot, or of a fresh start from the seed checkpoint."""
+    def _resume(self, engine: Engine) -> Spent:
+        """Of the latest snapshot, or of a fresh start from the seed checkpoint."""
         found = snapshot.latest(self.directory / "snapshots")
         if found is None:
             world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes())))
-            return 0, 0
-        manifest = snapshot.restore(found, engine, self.belongs())
+            return Spent()
+        updates = partial(hooks.updates, self.cost.parts, self.context.seed)
+        manifest = snapshot.restore(found, engine, self.belongs(), updates)
         world.first(lambda: _forget_after(self.log, manifest["step"]))
-        return manifest["step"], manifest["cursor"]["tokens"]
+        return Spent.of({**manifest["cursor"], "step": manifest["step"]})
 
     def _begin(self, needed: int) -> None:
         """An empty log; and no training whose state could not be kept."""
         ensure_space(self.directory, needed, "a snapshot")
         write_text(self.log, "")
 
-    def _save(self, engine: Engine, step: int, tokens: int) -> None:
-        cursor = {"position": step * self.spec.optim.batch, "tokens": tokens}
-        snapshot.save(self.directory / "snapshots", step, engine, self.belongs(), cursor, self.spec.keep)
+    def _save(self, engine: Engine, spent: Spent) -> None:
+        cursor = {**asdict(spent), "position": self._position(spent.step)}
+        snapshot.save(self.directory / "snapshots", spent.step, engine, self.belongs(), cursor, self.spec.keep)
 
-    def _loop(self, engine: Engine, step: int, tokens: int) -> None:
+    def _loop(self, engine: Engine, spent: Spent) -> None:
         with (
             world.stop_signal() as stopped,
             console.bar(self.steps, self.directory.name) as advance,
             open(self.log if world.rank() == 0 else os.devnull, "a") as log,
         ):
-            advance(step)
-            while step < self.steps:
+            advance(spent.step)
+            if self.heldout and spent.step == 0:
+                print(json.dumps({**asdict(spent), "heldout": self.heldout(engine)}), file=log, flush=True)
+            while spent.step < self.steps:
                 fault("train.step")
-                entry, stop = self._step(engine, step, tokens, stopped)
-                step, tokens = entry["step"], entry["tokens"]
+                entry, stop = self._step(engine, spent, stopped)
+                spent = Spent.of(entry)
+                if self.heldout and (spent.step % self.spec.evaluate_every == 0 or spent.step == self.steps):
+                    entry["heldout"] = self.heldout(engine)
                 print(json.dumps(entry), file=log, flush=True)
                 advance(1, note=_note(entry))
-                if stop or (step % self.spec.save_every == 0 and step < self.steps):
-                    self._save(engine, step, tokens)
+                if stop or (spent.step % self.spec.save_every == 0 and spent.step < self.steps):
+                    self._save(engine, spent)
                 if stop:
                     raise Terminated()
 
-    def _step(self, engine: Engine, step: int, tokens: int, stopped) -> tuple[dict, bool]:
+    def _step(self, engine: Engine, spent: Spent, stopped) -> tuple[dict, bool]:
         """One update; returns its log entry and whether any rank was told to stop."""
-        began = time.perf_counter()
+        began, step = time.perf_counter(), spent.step
         torch.manual_seed(hash((self.context.seed, step, world.rank())))  # dropout: a function of these three
-        progress = Progress(step=step, steps=self.steps, tokens=tokens)
+        progress = Progress(step=step, steps=self.steps, tokens=spent.tokens, flops=spent.flops)
+        part = hooks.drawn(self.cost.parts, self.context.seed, step)
         weights = self._weights(progress)
         batches = self.data(step, self.mask.at(progress) if self.mask else None)
         counts, real = self._count(batches, weights)
-        sums, teaching = self._learn(engine, batches, weights, counts)
+        sums, teaching = self._learn(engine, batches, weights, counts, part)
         *totals, stop = world.agree(*sums.values(), float(stopped()))
         means = {key: total / counts[key] for key, total in zip(sums, totals, strict=True)}
         self._insist_on_finite(means, step)
         lr = self.spec.lr.at(progress)
-        norm = engine.step(lr)
+        norm = engine.step(lr, part)
         seconds = time.perf_counter() - began
+        taught = {target for name in weights if (target := self.objectives[name].target)}
         return {
             "step": step + 1,
-            "tokens": tokens + int(real),
+            "tokens": spent.tokens + int(real),
+            "flops": spent.flops + self.cost.step(part),
+            "teacher_flops": spent.teacher_flops + self.cost.teaching(taught),
             "lr": lr,
             "grad_norm": norm,
             "terms": means,
             "weights": weights,
+            **({"depth": part.depth} if part else {}),
             "tokens_per_second": real / seconds,
             "seconds": seconds,
             "teacher_share": teaching / seconds,
@@ -189,14 +247,14 @@ class Stage:
             raise UserError(f"{self.directory.name}: every loss has weight 0 at step {progress.step + 1}")
         return active
 
-    def _learn(self, engine: Engine, batches: list[dict], weights: dict, counts: dict) -> tuple[dict, float]:
+    def _learn(self, engine: Engine, batches: list[dict], weights: dict, counts: dict, part) -> tuple[dict, float]:
         """Gradients of all micro-batches; returns this rank's sum of every term and the seconds spent in teachers."""
         sums, teaching = Counter(), 0.0
         for batch in batches:
             asked = time.perf_counter()
             targets = self.targets(batch, list(weights))
             teaching += time.perf_counter() - asked
-            terms = engine(batch, targets, list(weights))
+            terms = engine(batch, targets, list(weights), part)
             engine.backward(sum(weights[key.split(".")[0]] * value / counts[key] for key, value in terms.items()))
             sums.update({key: float(value.detach()) for key, value in terms.items()})
         return sums, teaching
@@ -216,7 +274,7 @@ class Stage:
         bad = {key: value for key, value in means.items() if not math.isfinite(value)}
         if bad:
             name, value = next(iter(bad.items()))
-            first = step * self.spec.optim.batch
+            first = self._position(step)
             raise NonFinite(
                 f"{self.directory.name}: {name} is {value} at step {step + 1} (stream positions {first} to "
                 f"{first + self.spec.optim.batch - 1}); the weights are those before the step"
@@ -226,14 +284,6 @@ class Stage:
         """The student as an ordinary directory: trained masters, everything else as it was at the start."""
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
         world.first(lambda: models.export(self.start, trained, self.directory / "model"))
-
-
-def total_steps(stop, batch: int, data) -> int:
-    """How many updates `stop` means on this corpus."""
-    if stop.steps is not None:
-        return stop.steps
-    rows = stop.epochs * len(data) if stop.epochs is not None else stop.tokens / data.tokens * len(data)
-    return max(math.ceil(rows / batch), 1)
 
 
 def memory() -> int:
@@ -247,7 +297,8 @@ def memory() -> int:
 
 def _note(entry: dict) -> str:
     terms = "  ".join(f"{name.split('.')[-1]} {value:.4f}" for name, value in entry["terms"].items())
-    return f"{terms}  {console.count(entry['tokens_per_second'])} tok/s"
+    heldout = f"  held-out {entry['heldout']:.4f}" if "heldout" in entry else ""
+    return f"{terms}{heldout}  {count(entry['tokens_per_second'])} tok/s"
 
 
 def _forget_after(log: Path, step: int) -> None:

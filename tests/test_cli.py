@@ -209,10 +209,9 @@ def test_flops_are_six_n_d_and_two_n_d_and_sharding_divides_what_its_stage_says(
         4 * (24 * 24 + 24) + 2 * 24 * 52 + 52 + 24 + 96,
         24 * 24 + 24 + 48 + 101,
     )
-    student, teacher = embeddings + layer + head, embeddings + 2 * layer + head
-    assert cost(1).flops == 10 * 8 * 32 * (6 * student + 2 * teacher)
-
-    n = student + 101 * 24
+    student, teacher = embeddings + layer, embeddings + 2 * layer  # relations need no head, so none runs
+    assert (cost(1).flops, cost(1).teacher_flops) == (10 * 8 * 32 * 6 * student, 10 * 8 * 32 * 2 * teacher)
+    n = student + head + 101 * 24
     whole, sharded = cost(1).memory, [cost(2, f"engine.zero={stage}").memory for stage in (1, 2, 3)]
     assert (whole["optimizer"], whole["gradients"], whole["weights"]) == (8 * n, 4 * n, 4 * n)
     assert [m["optimizer"] for m in sharded] == [12 * n / 2] * 3

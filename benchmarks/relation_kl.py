@@ -150,12 +150,12 @@ def probe(form: str, shape: Shape) -> None:
     step(form, draw(Shape(1, 8, 1, 8, 8), torch.float32))  # thread pools and libraries are not the loss's
     inputs = draw(shape, torch.float32)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _peak()
+    before = peak()
     step(form, inputs)
-    print(_peak() - before)
+    print(peak() - before)
 
 
-def _peak() -> float:
+def peak() -> float:
     """MiB of resident memory at most so far (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024

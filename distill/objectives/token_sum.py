@@ -89,25 +89,32 @@ def token_sum(student: Logits, teacher: Logits | None, loss: RowLoss, weights: T
     width = min(side.vocabulary for side in (student, teacher) if side)
     student, teacher = student.trimmed(width), teacher and teacher.trimmed(width)
     dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
+    if weights is not None:
+        loss = weighted(loss, weights.to(dtype))
     learns = torch.is_grad_enabled() and student.learns
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         total = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
         gradients = _Gradients(student, dtype) if learns else None
         for rows in _cuts(0, student.rows, _chunk(student)):
-            x, y = student.product(rows), teacher and teacher.product(rows)  # [chunk, V]
-            room = gradients.room(rows, x) if learns else None
-            for strip in _cuts(rows.start, rows.stop, _strip(x)):
-                here = slice(strip.start - rows.start, strip.stop - rows.start)
-                logits = student.finish(x[here].to(dtype))  # [strip, V]
-                values, by_logits = loss(strip, logits, teacher and teacher.finish(y[here].to(dtype)))
-                if weights is not None:
-                    values, by_logits = values * weights[strip], by_logits * weights[strip, None].to(dtype)
-                total += values.sum(dtype=torch.float64)
-                if learns:
-                    room[here] = student.through(by_logits, logits)
-            if learns:
-                gradients.add(rows, room)
+            total += _of_chunk(rows, student, teacher, loss, gradients, dtype)
     return known(total.to(dtype), gradients.found if learns else {})
+
+
+def _of_chunk(rows: slice, student: Logits, teacher: Logits | None, loss: RowLoss, gradients, dtype) -> Tensor:
+    """Sum over a chunk, its gradient added to `gradients`. A function, so that its logits are gone before the next."""
+    x, y = student.product(rows), teacher and teacher.product(rows)  # [chunk, V]
+    room = gradients and gradients.room(rows, x)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for strip in _cuts(rows.start, rows.stop, _strip(x)):
+        here = slice(strip.start - rows.start, strip.stop - rows.start)
+        logits = student.finish(x[here].to(dtype))  # [strip, V]
+        values, by_logits = loss(strip, logits, teacher and teacher.finish(y[here].to(dtype)))
+        total += values.sum(dtype=torch.float64)
+        if gradients:
+            room[here] = student.through(by_logits, logits)
+    if gradients:
+        gradients.add(rows, room)
+    return total
 
 
 class _Gradients:
@@ -166,6 +173,16 @@ def both(first: RowLoss, second: RowLoss, share: float) -> RowLoss:
     def loss(*given) -> tuple[Tensor, Tensor]:
         (values, slopes), (others, more) = first(*given), second(*given)
         return values + share * others, slopes.add_(more, alpha=share)
+
+    return loss
+
+
+def weighted(first: RowLoss, weights: Tensor) -> RowLoss:
+    """Of every row, times its weight."""
+
+    def loss(rows: slice, *sides) -> tuple[Tensor, Tensor]:
+        values, slopes = first(rows, *sides)
+        return values * weights[rows], slopes.mul_(weights[rows, None])
 
     return loss
 

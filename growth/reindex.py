@@ -68,8 +68,7 @@ def _stream(checkpoint: Checkpoint, anatomy: Anatomy, config: Mapping[str, Any],
         origins = [(sources.get((slot.row.name, slot.part, at)), weight) for at, weight in _origins(slot, maps)]
         terms = [(name, weight) for name, weight in origins if name]
         if not terms and slot.row.not_everywhere:
-            terms = [(name, 1.0) for key, name in sources.items() if key[:2] == slot.key[:2]][:1]
-            yield from ((slot.name, _neutral(checkpoint[name], anatomy, slot)) for name, _ in terms)
+            yield slot.name, _neutral(next(iter(checkpoint.values())).dtype, anatomy, slot)
         elif terms and _among(slot, maps, "random"):
             yield slot.name, _fresh(checkpoint[terms[0][0]], anatomy, slot)
         elif terms and slot.row.name in writers and _among(slot, maps, "silent"):
@@ -97,7 +96,7 @@ def _among(slot: Slot, maps: Mapping[str, Layers], kind: str) -> bool:
 def _fresh(like: Entry, anatomy: Anatomy, slot: Slot) -> Piece:
     """As a new model starts: matrices normal, norms without effect, biases zero."""
     if slot.part == ".bias" or len(slot.dims) < 2:
-        return _neutral(like, anatomy, slot)
+        return _neutral(like.dtype, anatomy, slot)
     deviation = anatomy.config.get("initializer_range", 0.02)
     return Computed(like.dtype, like.shape, lambda: (drawn(like.shape, slot.name, 0, None) * deviation).to(
         torch_dtype(like.dtype)))  # fmt: skip
@@ -133,10 +132,10 @@ def _zero(like: Entry, anatomy: Anatomy) -> Fill:
     return Fill(like.dtype, like.shape, -1.0 if anatomy.family.gain == "1+w" else 0.0)
 
 
-def _neutral(like: Entry, anatomy: Anatomy, slot: Slot) -> Fill:
+def _neutral(dtype: str, anatomy: Anatomy, slot: Slot) -> Fill:
     """ModernBERT's first block has no norm of its own; its copies elsewhere get one that changes no scale."""
     plain = slot.part == ".weight" and anatomy.family.gain == "w"
-    return Fill(like.dtype, like.shape, 1.0 if plain else 0.0)
+    return Fill(dtype, slot.shape, 1.0 if plain else 0.0)
 
 
 def _piece(checkpoint: Checkpoint, terms: list[tuple[str, float]]) -> Piece:

@@ -128,9 +128,10 @@ def _grouped(draw):
 
 
 def _encoder(draw):
+    """Four channels at least: a layer norm of two knows signs only, so that much is the same by chance."""
     heads = of(draw, 3, 2, 1)
     return dict(
-        **dict(num_attention_heads=heads, hidden_size=heads * of(draw, 4, 6, 2)),
+        **dict(num_attention_heads=heads, hidden_size=heads * of(draw, 4, 6, 8)),
         **dict(intermediate_size=of(draw, 7, 5, 11), num_hidden_layers=of(draw, 3, 2, 1, 4)),
     )
 
@@ -389,6 +390,14 @@ def test_merging_is_fair(kind, data):
     assert same(made(growth.merge, [half, third]), at_once, 1e-12)
     ends = made(growth.merge, [other], how="task", base=src)
     assert same(ends, other, 1e-12)
+
+
+def test_a_block_without_a_norm_of_its_own_gets_one_where_it_is_not_the_first():
+    """ModernBERT's first block has none in front of its attention; a model of one block has no other to copy from."""
+    src = source("modernbert", (("num_hidden_layers", 1),))
+    path = growth.stack(src, fresh())  # noqa: F821
+    assert torch.equal(values(path)["model.layers.1.attn_norm.weight"], torch.ones(30, dtype=torch.float64))
+    assert gap(src, path) > APART
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -116,11 +116,6 @@ def _cut(cut: dict) -> str:
 
 
 def _grown(grow: dict) -> str:
-    ops = " and ".join(f"`{name}`" for op in grow["ops"] for name in op)
-    return f"`{grow['from']}` after {ops}"
-
-
-def _grown(grow: dict) -> str:
     return f"`{grow['from']}` grown by {', then '.join(_named(op) for op in grow['ops'])}"
 
 

@@ -19,7 +19,8 @@ from distill.schedules import Several, Value
 from growth import depth, width
 from growth.anatomy import dissect
 from growth.errors import UserError
-from growth.learn import RATE, STEPS
+from growth.learn import LEARNED, RATE, STEPS
+from growth.ligo import STARTS
 from growth.merge import HOW as WAYS_TO_MERGE
 from growth.operate import PLAIN, seen
 from growth.reading import kind_of
@@ -164,12 +165,10 @@ class Merge(Operator):
         return growth.merge(sources, dst, **asked, output=output)
 
 
-LEARNED = ("hidden", "heads", "kv_heads", "ffn")
-
-
 class _Learn(Operator):
     factor: Positive = Field(1, description="how many times as deep")
     order: str | Several[int] = Field("stack", description="stack, interleave, or layers: what the maps start from")
+    start: Literal[STARTS] = Field("copies", description="of maps of width; random: as LiGO was published")
     steps: Positive = Field(STEPS, description="in which the maps are trained")
     lr: Annotated[float, Field(gt=0)] = Field(RATE, description="of the maps")
     batch: Positive = Field(16, description="rows of a step")

@@ -14,10 +14,7 @@ from growth.reading import MASKED, beginning, kind_of, tokenizer_of, windows
 
 LENGTH, ROWS = 128, 16  # tokens of a window, windows of a batch
 CHARACTERS = 16  # of the text that are read for a token, at most
-HIDDEN, RANDOM = (
-    0.8,
-    0.1,
-)  # of the chosen tokens, behind the mask or another word (Devlin et al. 2018)
+HIDDEN, RANDOM = 0.8, 0.1  # of what is predicted: behind the mask, behind another word (Devlin et al. 2018)
 
 
 def batches(src: Any, text: str | Path, *, number: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -25,8 +22,6 @@ def batches(src: Any, text: str | Path, *, number: int, seed: int = 0) -> Iterat
 
     A file that is too short is read again, in another order.
     """
-    import torch
-
     checkpoint = seen(src)
     anatomy = dissect(checkpoint)
     tokenizer, objective = None if in_memory(src) else tokenizer_of(Path(src)), kind_of(anatomy)
@@ -35,12 +30,20 @@ def batches(src: Any, text: str | Path, *, number: int, seed: int = 0) -> Iterat
     if objective is None:
         name = next(iter(anatomy.config.get("architectures") or []), "it")
         raise UserError(f"{src}: {name} predicts neither next nor masked tokens, so it cannot learn from plain text")
+    if objective == "masked" and tokenizer.mask_token_id is None:
+        raise UserError(f"{src} predicts masked tokens, and its tokenizer has no mask")
     words = beginning(Path(text), number * ROWS * LENGTH * CHARACTERS)
     rows = list(windows(tokenizer, words, LENGTH, anatomy, ROWS))
+    return _drawn(rows, tokenizer if objective == "masked" else None, number, seed)
+
+
+def _drawn(rows: list[dict[str, Any]], tokenizer: Any, number: int, seed: int) -> Iterator[dict[str, Any]]:
+    import torch
+
     draw = generator("text", seed)
     order = [i for _ in range(-(-number // len(rows))) for i in torch.randperm(len(rows), generator=draw).tolist()]
     for i in order[:number]:
-        yield _next(rows[i]) if objective == "next" else _hidden(rows[i], tokenizer, draw)
+        yield _hidden(rows[i], tokenizer, draw) if tokenizer else _next(rows[i])
 
 
 def _next(row: dict[str, Any]) -> dict[str, Any]:
@@ -51,13 +54,11 @@ def _next(row: dict[str, Any]) -> dict[str, Any]:
 def _hidden(row: dict[str, Any], tokenizer: Any, draw: Any) -> dict[str, Any]:
     import torch
 
-    if tokenizer.mask_token_id is None:
-        raise UserError("the model predicts masked tokens, and its tokenizer has no mask")
     ids = row["input_ids"]
     chosen = (torch.rand(ids.shape, generator=draw) < MASKED) & row["text"]
-    words = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    words = torch.tensor(sorted({*range(len(tokenizer))} - {*tokenizer.all_special_ids}))
     others = words[torch.randint(len(words), ids.shape, generator=draw)]
     behind = torch.rand(ids.shape, generator=draw)
-    seen_ids = ids.where(behind >= HIDDEN + RANDOM, others).masked_fill(behind < HIDDEN, tokenizer.mask_token_id)
-    labels = ids.masked_fill(~chosen, -100)
-    return {"input_ids": seen_ids.where(chosen, ids), "attention_mask": row["attention_mask"], "labels": labels}
+    put = ids.where(behind >= HIDDEN + RANDOM, others).masked_fill(behind < HIDDEN, tokenizer.mask_token_id)
+    hidden, labels = put.where(chosen, ids), ids.masked_fill(~chosen, -100)
+    return {"input_ids": hidden, "attention_mask": row["attention_mask"], "labels": labels}

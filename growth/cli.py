@@ -9,6 +9,8 @@ import click
 
 from growth.console import Commands, count, say, size, table
 from growth.errors import UsageError, UserError
+from growth.learn import LEARNED, RATE, STEPS
+from growth.learn import learn as learned
 from growth.sizes import Sizes
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -38,12 +40,16 @@ def writing(command):
     return run
 
 
-def sized(command):
-    """An option for every size."""
-    for one in reversed(fields(Sizes)):
-        option = f"--{one.name.replace('_', '-')}"
-        command = click.option(option, type=int, metavar="N", help=one.metadata["help"])(command)
-    return command
+def sized(*names: str):
+    """An option for each of these sizes."""
+
+    def options(command):
+        for one in reversed([one for one in fields(Sizes) if one.name in names]):
+            option = f"--{one.name.replace('_', '-')}"
+            command = click.option(option, type=int, metavar="N", help=one.metadata["help"])(command)
+        return command
+
+    return options
 
 
 @main.command()
@@ -128,8 +134,8 @@ def cut(src, dst, output, undo, **asked):
 @main.command()
 @click.argument("src")
 @click.argument("dst")
-@sized
-@click.option("--how", default="exact", show_default=True, help="exact, fpi, aki, weighted, zero or mean.")
+@sized(*vars(Sizes()))
+@click.option("--how", default="exact", show_default=True, help="exact, fpi, aki, weighted, mean, zero or random.")
 @click.option("--noise", default=0.01, show_default=True, help="Between copies; the function does not see it.")
 @click.option("--seed", default=0, show_default=True)
 @writing
@@ -138,6 +144,26 @@ def widen(src, dst, output, **asked):
     from growth.width import widen
 
     return widen(src, dst, **asked, output=output)
+
+
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--text", required=True, help="A file of plain text, by which the maps are trained.")
+@click.option("--factor", default=1, show_default=True, help="How many times as deep.")
+@click.option("--order", default="stack", show_default=True, help="What maps of depth start from, as in `stack`.")
+@sized(*LEARNED)
+@click.option("--start", default="copies", show_default=True, help="Of maps of width; random: as LiGO was published.")
+@click.option("--steps", default=STEPS, show_default=True, help="Of training the maps.")
+@click.option("--lr", default=RATE, show_default=True, help="Of the maps.")
+@click.option("--seed", default=0, show_default=True)
+@writing
+def learn(src, dst, text, output, **asked):
+    """Make SRC deeper or wider through maps that are trained for some steps (LiGO). The function changes."""
+    from growth.batches import batches
+
+    read = batches(src, text, number=asked["steps"], seed=asked["seed"])
+    return learned(src, dst, batches=read, **asked, output=output)
 
 
 @main.command()

@@ -80,13 +80,16 @@ def stack(
     """A deeper checkpoint: `stack` (0 1 0 1), `interleave` (0 0 1 1), or any order of layers.
 
     `how` fills the new layers: `copy`, with which the function changes; `zero`, copies that add nothing yet, with which
-    it stays; `random`, as a new model starts. These are the operators of the G_stack paper in depth, LiGO aside.
+    it stays; `random`, as a new model starts (MSG fades that in with a mask, which no checkpoint holds). These are the
+    operators of the G_stack paper in depth; the fourth is `learn`.
     Without `dst` it is written beside the source as `<name>-x2`. A model in memory gives a model.
     """
     if dst is None and not in_memory(src):
         dst = beside(src, factor)
-    if factor < 1 or how not in HOW:
-        raise UsageError(f"factor {factor}: at least 1" if factor < 1 else f"how {how!r}: one of {', '.join(HOW)}")
+    if factor < 1:
+        raise UsageError(f"factor {factor}: at least 1")
+    if how not in HOW:
+        raise UsageError(f"how {how!r}: one of {', '.join(HOW)}; `growth learn` trains maps")
     if how == "zero":
         _refuse_post_norm(src)
 

@@ -21,7 +21,7 @@ from growth.depth import ordered
 from growth.errors import UsageError, UserError
 from growth.factors import Factors
 from growth.families.table import Slot
-from growth.ligo import Ligo
+from growth.ligo import STARTS, Ligo
 from growth.maps import Layers
 from growth.memory import empty, stored
 from growth.operate import PLAIN, Output, Result, delivered, opened
@@ -32,7 +32,8 @@ from growth.sizes import Sizes, new_sizes
 from growth.width import planned
 
 Batch = Mapping[str, Any]  # what the model's forward takes: input_ids, attention_mask, labels [B, T]
-STEPS, RATE = 100, 0.0002  # as published for BERT
+LEARNED = ("hidden", "heads", "kv_heads", "ffn")  # the sizes that have maps
+STEPS, RATE = 100, 0.001  # published for BERT: 100 and 0.0002, at larger batches
 
 
 def learn(
@@ -42,6 +43,7 @@ def learn(
     batches: Iterable[Batch],
     factor: int = 1,
     order: str | Sequence[int] = "stack",
+    start: str = "copies",
     steps: int = STEPS,
     lr: float = RATE,
     seed: int = 0,
@@ -51,27 +53,30 @@ def learn(
     """A deeper checkpoint, a wider one, or both, through maps that are trained on `batches` for some steps (LiGO).
 
     `factor` and `order` are those of `stack`, sizes (hidden, heads, kv_heads, ffn) those of `widen`: they say what the
-    maps start from. The loss is that of the model's own head. The function changes. A model in memory gives a model.
+    maps start from, in width `copies` or, as published, `random` averages. The loss is that of the model's own head.
+    The function changes. A model in memory gives a model.
     """
     asked = Sizes.of(sizes)
-    _refuse(asked, factor, order, steps, lr)
+    _refuse(asked, factor, order, start, steps, lr)
     checkpoint = opened(src, dst, output)
-    growth = Growth.of(checkpoint, factor, order, asked, seed)
+    growth = Growth.of(checkpoint, factor, order, asked, start, seed)
     losses = trained(growth, batches, steps, lr)
     arguments = {"factor": factor, "order": order if isinstance(order, str) else list(order)}
-    arguments |= {**asdict(asked), "steps": steps, "lr": lr, "seed": seed}
+    arguments |= {**asdict(asked), "start": start, "steps": steps, "lr": lr, "seed": seed}
     maps = {axis: layers.main for axis, layers in growth.layers.items()}  # what each layer is mostly made of
     story = {"maps": maps, "new": growth.new, "preserves": "no", "losses": losses}
     return delivered(Result("learn", arguments, growth.config, growth.stream(), story), dst, output, checkpoint)
 
 
-def _refuse(asked: Sizes, factor: int, order: Any, steps: int, lr: float) -> None:
-    if not asked and factor == 1 and order == "stack":
-        raise UsageError("nothing to learn: say how deep (factor, order) or how wide (hidden, heads, kv_heads, ffn)")
-    if other := next((name for name in ("head_size", "vocab", "vocab_multiple") if getattr(asked, name)), None):
+def _refuse(asked: Sizes, factor: int, order: Any, start: str, steps: int, lr: float) -> None:
+    if other := next((name for name, size in asdict(asked).items() if size and name not in LEARNED), None):
         raise UsageError(f"{other} cannot be learned; `growth widen` does it, before or after")
-    if factor < 1 or steps < 0 or not lr > 0:
-        raise UsageError(f"factor {factor}, steps {steps}, lr {lr}: at least 1, at least 0, above 0")
+    if not asked and factor == 1 and order == "stack":
+        raise UsageError(f"nothing to learn: say how deep (factor, order) or how wide ({', '.join(LEARNED)})")
+    if start not in STARTS:
+        raise UsageError(f"start {start!r}: one of {', '.join(STARTS)}")
+    if factor < 1 or steps < 1 or not lr > 0:
+        raise UsageError(f"factor {factor}, steps {steps}, lr {lr}: at least 1, at least 1, above 0")
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,15 @@ class Growth:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: Any, factor: int, order: str | Sequence[int], asked: Sizes, seed: int) -> Growth:
+    def of(
+        cls, checkpoint: Any, factor: int, order: str | Sequence[int], asked: Sizes, start: str, seed: int
+    ) -> Growth:
         anatomy = dissect(checkpoint)
         family, sizes = anatomy.family, anatomy.sizes
         layers = {axis: Layers.of(ordered(sizes[axis], factor, order)) for axis in family.depth}
-        start = planned(anatomy, asked, "fpi", 0.0, seed)[0] if asked else Factors(family, sizes, {}, tied=False)
-        ligo = Ligo(family, sizes, start.maps, start.tied, start.root, layers, seed=seed)
-        config = family.resized(config_after(anatomy, layers), new_sizes(start))
+        fpi = planned(anatomy, asked, "fpi", 0.0, seed)[0] if asked else Factors(family, sizes, {}, tied=False)
+        ligo = Ligo(family, sizes, fpi.maps, fpi.tied, fpi.root, layers, start, seed=seed)
+        config = family.resized(config_after(anatomy, layers), new_sizes(fpi))
         return cls(checkpoint, anatomy, layers, ligo, config)
 
     @cached_property
@@ -144,7 +151,7 @@ class Growth:
         return {axis: layers.new for axis, layers in self.layers.items()} | units
 
 
-class Apprentice:
+class Grown:
     """The bigger model, whose weights are made of the maps, and whose gradient goes to the maps."""
 
     def __init__(self, growth: Growth):
@@ -163,7 +170,7 @@ class Apprentice:
         if lost := self.windows.keys() - self.places.keys():
             raise UserError(f"{self.growth.checkpoint.path} lacks {min(lost)} of {type(self.model).__name__}")
 
-    def made(self):
+    def filled(self):
         """The model with its weights as the maps are now."""
         import torch
 
@@ -198,21 +205,21 @@ def trained(growth: Growth, batches: Iterable[Batch], steps: int, lr: float) -> 
 
     dtype, device = growth.works_in
     growth.ligo.prepare(growth.sources, dtype, device)
-    apprentice = Apprentice(growth)
+    grown = Grown(growth)
     optimizer = torch.optim.AdamW(growth.ligo.entries.values(), lr=lr)
     first, losses = None, []
     with bar(steps, "learning to grow") as advance:
         for batch in _so_many(batches, steps):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             first = batch if first is None else first
-            loss = _loss(apprentice.made(), batch)
+            loss = _loss(grown.filled(), batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
             advance(1, f"loss {losses[-1]:.4f}")
     with torch.no_grad():
-        return [losses[0], float(_loss(apprentice.made(), first))]
+        return [losses[0], float(_loss(grown.filled(), first))]
 
 
 def _so_many(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:

@@ -3,6 +3,12 @@
 Depth first: a tensor of a new layer is a weighted sum of the same tensor of all old ones, with weights of its own.
 Then width: an axis of n units becomes [I; B] of them. One B serves the residual stream, and each new layer has its own
 for queries, keys, values and neurons, tied as in bert2BERT: who reads an axis reads what its writers write.
+
+Three things differ from the authors' code, which knows two families. Attention grows by whole heads, so that rotary
+pairs and fused projections stay what they are. Where a head shares the embeddings' table, it goes on sharing it. And B
+starts as copies of units instead of as random averages, while readers apply the transposed left inverse of [I; B]
+instead of [I; B] itself: they read the old units whatever B is. That is better before and after training (measured,
+`benchmarks/LOG.md`); `random` is the published way.
 """
 
 from __future__ import annotations
@@ -17,7 +23,8 @@ from growth.maps import Layers, Units
 from growth.noise import generator
 from growth.shapes import EMBED, Key
 
-NOISE = 0.03  # on the weights that a map starts from
+NOISE = 0.03  # on the weights that a map starts from, as published
+STARTS = ("copies", "random")
 WHOLE = (EMBED, ("pool",), ("transform",))  # one map for all that is as wide as the residual stream
 
 
@@ -26,10 +33,9 @@ class Ligo(Factors):
     """Maps whose entries are trained; `maps` and `layers` say of which copies new units and layers start."""
 
     layers: Mapping[str, Layers] = field(default_factory=dict)
+    start: str = "copies"
     noise: float = NOISE
     seed: int = 0
-    start: str = "copies"
-    inverse: bool = True
     entries: dict[tuple, Any] = field(default_factory=dict)  # what is trained, by what it maps
 
     def prepare(self, slots: Iterable[Slot], dtype, device) -> None:
@@ -85,10 +91,10 @@ class Ligo(Factors):
         return write.index_copy(0, torch.tensor(rest, dtype=torch.long, device=rows.device), rows)
 
     def _read(self, write):
-        """The left inverse of `write`, transposed: what was written to copies is read as what it was."""
+        """What was written as copies is read as what it was."""
         import torch
 
-        return torch.linalg.solve(write.T @ write, write.T).T if self.inverse else write
+        return write if self.start == "random" else torch.linalg.solve(write.T @ write, write.T).T
 
     def _name(self, slot: Slot, key: Key) -> tuple:
         if key in WHOLE:
@@ -114,16 +120,15 @@ class Ligo(Factors):
         return weights / weights.sum()
 
     def _rows(self, slot: Slot, key: Key):
-        """B: copies of units with noise."""
+        """B: copies of units with noise, or averages."""
         import torch
 
         units, draw = self.maps[key], generator(str(self._name(slot, key)), self.seed)
         _, rest = _first(units)
         rows = torch.rand(len(rest), units.old, generator=draw)
-        if self.start == "random":
-            return rows / rows.sum(1, keepdim=True)
-        rows *= self.noise / units.old
-        rows[range(len(rest)), [units.index[j] for j in rest]] = 1.0
+        if self.start == "copies":
+            rows *= self.noise / units.old  # in sum over a row what it is for the few layers
+            rows[range(len(rest)), [units.index[j] for j in rest]] = 1.0
         return rows / rows.sum(1, keepdim=True)
 
 

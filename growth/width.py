@@ -44,7 +44,7 @@ def widen(
     """
     asked = Sizes.of(sizes)
     if how not in HOW:
-        raise UsageError(f"how {how!r}: one of {', '.join(HOW)}")
+        raise UsageError(f"how {how!r}: one of {', '.join(HOW)}; `growth learn` trains maps")
     checkpoint = opened(src, dst, output)
     anatomy = dissect(checkpoint)
     widening, preserves = planned(anatomy, asked, how, noise, seed)
@@ -70,7 +70,9 @@ def planned(anatomy: Anatomy, asked: Sizes, how: str, noise: float, seed: int) -
         raise UserError(
             f"{anatomy.family.name} norms over all heads at once: only whole multiples of them keep the function"
         )
-    return widening, "no" if how in ("aki", "random") else "exact" if kept else "approximate"
+    if how in ("aki", "random") or (how == "zero" and not kept and anatomy.family.norm == "layer"):
+        return widening, "no"  # layer norms take another mean off where channels are zero
+    return widening, "exact" if kept else "approximate"
 
 
 def _wanted(anatomy: Anatomy, asked: Sizes) -> dict[str, int]:

@@ -5,6 +5,7 @@ torch is imported where it is needed: the processes that are killed here start w
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from distill import scores, shards, topk
 from distill.scores import About, Column, Ragged, Reader, Writer, pair_keys, row_keys
-from growth import files
+from growth import files, ranges
 from growth.errors import UserError
 
 COLUMNS = {
@@ -152,6 +153,7 @@ def test_shards_are_plain_safetensors(tmp_path):
     from safetensors.torch import load_file
 
     (shard,) = write(tmp_path, 1, 2).glob("*.safetensors")
+    assert all(e.start % (e.nbytes // max(math.prod(e.shape), 1)) == 0 for e in ranges.header(shard).values())
     arrays = load_file(shard)
     assert list(arrays["key"].shape) == [2, 16] and arrays["ids.ends"].tolist() == [1, 3]
 
@@ -168,6 +170,7 @@ def test_rows_that_two_ranks_wrote_at_once_count_once(tmp_path):
     one, other = Writer(tmp_path, ABOUT, 0), Writer(tmp_path, ABOUT, 1)
     for writer in (one, other):
         writer.add(key(1, 2), row(1, 2))
+        assert writer.missing(key(1, 3, 2)).tolist() == [False, True, False]
         writer.flush()
     assert len(Reader(tmp_path)) == 2
     assert_rows(Reader(tmp_path).rows(key(2, 1)), 2, 1)
@@ -299,6 +302,7 @@ def test_a_cached_distribution_is_checked():
         ((ids, log_probs, rest, 3), "vocabulary ends at 2"),
         ((ids - 1, log_probs, rest, 4), "ids -1 to"),
         ((ids * 0, log_probs, rest, 4), "twice"),
+        ((np.array([[1, 0, 1]]), np.log([[0.3, 0.3, 0.3]]), np.array([0.1]), 4), "twice"),
         ((ids, log_probs, rest + 0.1, 4), "do not sum to 1: off by up to 0.1"),
         ((ids, log_probs * np.nan, rest, 4), "do not sum"),
     ]:

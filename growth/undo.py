@@ -36,7 +36,9 @@ def undo(src: Any, dst: str | Path | None = None, *, output: Output = PLAIN) -> 
         config, stream = before.config, _folded(checkpoint, anatomy, before, widening_of(before, story))
     elif story.get("operator") in ("widen", "learn"):
         source = story["sources"][0]["path"]
-        raise UserError(f"AKI and learned maps mix layers, which cannot be taken apart; the source was {source}")
+        raise UserError(
+            f"AKI and learned maps mix layers for good, so there is nothing to undo; the source was {source}"
+        )
     else:
         raise UserError(f"{checkpoint.path} was not made by stack, insert or widen, so there is nothing to undo")
     facts = {"maps": {}, "new": {}, "preserves": "exact" if story["preserves"] == "exact" else "no"}

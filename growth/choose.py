@@ -25,6 +25,7 @@ Chosen = int | Sequence[int]
 def chosen(checkpoint: Any, anatomy: Anatomy, asked: Mapping[str, Chosen]) -> Selection:
     """The units to keep."""
     numbers = {name: what if isinstance(what, int) else len(what) for name, what in asked.items()}
+    _refuse_less(numbers)
     if "kv_heads" in numbers and "kv" in anatomy.sizes:
         numbers.setdefault("heads", numbers["kv_heads"] * anatomy.sizes["group"])
     want = by_axis(anatomy, Sizes(**numbers))
@@ -39,6 +40,12 @@ def chosen(checkpoint: Any, anatomy: Anatomy, asked: Mapping[str, Chosen]) -> Se
     if "kv" in anatomy.sizes and {"heads", "kv_heads"} & asked.keys():
         maps |= _grouped(checkpoint, anatomy, asked, want)
     return Selection(anatomy.family, anatomy.sizes, maps)
+
+
+def _refuse_less(numbers: Mapping[str, int]) -> None:
+    none = next((name for name, n in numbers.items() if n < 1), None)
+    if none:
+        raise UserError(f"{numbers[none]} of {none} cannot be kept: at least 1")
 
 
 def _refuse_more(anatomy: Anatomy, want: Mapping[str, int]) -> None:

@@ -290,7 +290,7 @@ def plan(params: float, tokens: float, factor: int) -> None:
 def numbers(text: str, kind: type = int) -> list:
     """`0,1,5` -> [0, 1, 5]."""
     try:
-        return [kind(part) for part in text.split(",") if part]
+        return [kind(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         raise UsageError(f"{text!r}: numbers with commas between them are expected") from None
 

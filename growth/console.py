@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 import click
 
@@ -52,10 +53,15 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody looks at it; there is none where it was closed."""
+    return stream is not None and stream.isatty()
+
+
 def say(text: str) -> None:
     """A line for the user; one of many processes says it."""
     if first_rank():
-        click.echo(text, err=True)
+        click.echo(plain(text), err=True)
 
 
 @contextmanager
@@ -64,7 +70,7 @@ def bar(total: int | None, label: str) -> Iterator[Callable[..., None]]:
     if not first_rank():
         yield lambda n=1, note="": None
         return
-    draw = _terminal_bar if sys.stderr.isatty() else _plain_bar
+    draw = _terminal_bar if on_terminal(sys.stderr) else _plain_bar
     with draw(total, label) as advance:
         yield advance
 
@@ -106,8 +112,8 @@ def _plain_bar(total: int | None, label: str) -> Iterator[Callable[..., None]]:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence], title: str = "") -> None:
     """Rows under headings: drawn on a terminal, plainly aligned in a file or pipe."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
+    cells, title = [[plain(str(cell)) for cell in row] for row in rows], plain(title)
+    if on_terminal(sys.stdout):
         _terminal_table(columns, cells, title)
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]

@@ -15,6 +15,7 @@ from growth.operate import PLAIN, Output, Result, delivered, in_memory, opened, 
 from growth.reindex import reindex
 
 HOW = ("copy", "zero", "random")
+MOST = 10_000  # layers; the deepest models have some hundreds
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -55,8 +56,15 @@ def checked(order: Sequence[int], layers: int) -> list[int]:
     return [layer % layers for layer in order]
 
 
+def refuse_many(layers: int) -> None:
+    """Before a list of them is made."""
+    if layers > MOST:
+        raise UserError(f"{layers} layers would be made; at most {MOST} can be")
+
+
 def ordered(layers: int, factor: int, order: str | Sequence[int]) -> list[int]:
     """The old layer of each new one, as users say it."""
+    refuse_many(layers * factor)
     ways = {"stack": stacked, "interleave": interleaved}
     if isinstance(order, str) and order in ways:
         return ways[order](layers, factor)
@@ -116,12 +124,13 @@ def insert(
     So many `layers`, evenly spread, or one behind each layer of `after`. Where a norm stands behind every residual sum
     (BERT), no block can be the identity; `approximate` allows one whose norms come near it.
     """
-    if (layers is None) == (after is None) or (layers is not None and layers < 1):
+    if (layers is None) == (after is None) or (layers is not None and layers < 1) or after in ([], ()):
         raise UsageError("say either how many layers to insert (at least 1) or after which ones")
     if not approximate:
         _refuse_post_norm(src)
 
     def with_identities(n: int) -> Layers:
+        refuse_many(n + (layers or 0))
         behind = sorted(checked(after, n) if after is not None else evenly(n, layers))
         order, silent = [], []
         for layer in range(n):

@@ -10,6 +10,7 @@ from growth.anatomy import Anatomy
 from growth.errors import UsageError, UserError, did_you_mean
 from growth.shapes import Axes
 
+MOST = 1 << 24  # of any axis; the largest vocabularies have a million tokens
 CALLED = {"embed": "hidden", "kv": "kv-heads", "head": "head-size"}  # axes whose size users know by another name
 
 
@@ -37,6 +38,10 @@ class Sizes:
             raise UsageError(f"no size is called {strange!r}{did_you_mean(strange, names)}; {', '.join(names)} are")
         if wrong := next((name for name, n in asked.items() if n is not None and (type(n) is not int or n < 1)), None):
             raise UsageError(f"{wrong} {asked[wrong]!r}: a whole number, at least 1")
+        if large := next((name for name, n in asked.items() if (n or 0) > MOST), None):
+            raise UsageError(f"{large} {asked[large]}: at most {MOST}")
+        if asked.get("vocab") and asked.get("vocab_multiple"):
+            raise UsageError("vocab says how many rows, so vocab_multiple cannot: give one of them")
         return cls(**asked)
 
     def __bool__(self) -> bool:

@@ -6,6 +6,7 @@ model exactly, whatever the router says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from growth.ranges import torch_dtype
 from growth.reindex import Stream, widely
 
 ROUTER = 0.02  # standard deviation of a fresh router
+MOST = 10_000  # experts
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ def upcycle(
     output: Output = PLAIN,
 ) -> Any:
     """A mixture of `experts`, `top` of them for every token: exact, unless `noise` tells the experts apart at once."""
-    if not 1 <= top <= experts or noise < 0:
-        raise UsageError(
-            f"{top} of {experts} experts with noise {noise}: at least one, at most all, and no less than 0"
-        )
+    if not 1 <= top <= experts <= MOST:
+        raise UsageError(f"{top} of {experts} experts: at least one, at most all, and no more than {MOST}")
+    if not 0 <= noise < math.inf:
+        raise UsageError(f"noise {noise}: no less than 0")
     checkpoint = opened(src, dst, output)
     anatomy = dissect(checkpoint)
     arguments = {"experts": experts, "top": top, "noise": noise, "seed": seed}

@@ -19,6 +19,7 @@ from growth.sizes import CALLED, Sizes, by_axis, new_sizes
 from growth.take import Widening, facts
 
 HOW = ("exact", "fpi", "aki", "weighted", "mean", "zero", "random")
+LOUDEST = 100  # noise; beyond it rounding would eat the weights
 
 
 def widen(
@@ -45,6 +46,8 @@ def widen(
     asked = Sizes.of(sizes)
     if how not in HOW:
         raise UsageError(f"how {how!r}: one of {', '.join(HOW)}; `growth learn` trains maps")
+    if not 0 <= noise <= LOUDEST:
+        raise UsageError(f"noise {noise}: from 0 to {LOUDEST}, where 1 is as loud as the weights")
     checkpoint = opened(src, dst, output)
     anatomy = dissect(checkpoint)
     widening, preserves = planned(anatomy, asked, how, noise, seed)

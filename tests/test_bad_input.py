@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from tiny_families import save
 
 import growth
 from growth.cli import main
+from growth.errors import UsageError
 from growth.pieces import packed
 from growth.ranges import FLOATS, torch_dtype
 
@@ -151,3 +156,84 @@ def test_names_with_and_without_the_prefix_are_one_model(damaged, whole, tmp_pat
     src = damaged(change=lambda t: {name.replace("model.", prefix): tensor for name, tensor in t.items()})
     assert not any(every_command(src, whole, tmp_path).values())
     assert growth.verify(src, whole).max_abs == 0
+
+
+# what is asked for
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("stack --factor 1000000", "4000000 layers would be made; at most 10000"),
+        ("stack --factor 99999999999999", "at most 10000"),
+        ("stack --order 0-99999999999", "layer 99999999999 is not there"),
+        ("insert --layers 99999999", "at most 10000"),
+        ("insert --after ,", "numbers with commas between them"),
+        ("widen --hidden 99999999999", "at most 16777216"),
+        ("widen --vocab 999999999999", "at most 16777216"),
+        ("widen --vocab 60 --vocab-multiple 64", "give one of them"),
+        ("widen --ffn 50 --noise nan", "from 0 to 100"),
+        ("widen --ffn 50 --noise inf", "from 0 to 100"),
+        ("widen --ffn 50 --noise -1", "from 0 to 100"),
+        ("upcycle --experts 100000", "no more than 10000"),
+        ("upcycle --noise nan", "no less than 0"),
+        ("cut --layers ,", "numbers with commas between them"),
+        ("cut --ffn 0", "0 of ffn cannot be kept: at least 1"),
+        ("cut --heads 0", "0 of heads cannot be kept"),
+        ("cut --vocab -1", "-1 of vocab cannot be kept"),
+    ],
+)
+@pytest.mark.timeout(10)
+def test_what_cannot_be_asked_for_is_refused_at_once(whole, tmp_path, asked, said):
+    command, *options = asked.split()
+    done = CliRunner().invoke(main, [command, str(whole), str(tmp_path / "x"), *options])
+    assert done.exit_code in (1, 2) and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_list_of_places_is_refused(whole, tmp_path):
+    with pytest.raises(UsageError, match="after which ones"):
+        growth.insert(whole, tmp_path / "x", after=[])
+
+
+# where it lies
+
+
+def test_paths_that_are_no_text_work_to_the_lineage(whole, tmp_path):
+    """Names of files are bytes on Linux; JSON has an escape for them."""
+    src = shutil.copytree(whole, tmp_path / os.fsdecode(b"caf\xe9"))
+    made = growth.stack(src, tmp_path / os.fsdecode(b"\xff"))
+    assert growth.inspect(made).history[0]["sources"][0]["path"] == str(src)
+    assert growth.open(growth.undo(made, tmp_path / "back")).digest() == growth.open(whole).digest()
+    assert CliRunner().invoke(main, ["inspect", str(made)]).exit_code == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_terminal_changes_nothing(whole, tmp_path, closed):
+    command = f"{sys.executable} -c 'from growth.cli import main; main()'"
+    for what in (f"stack {whole} {tmp_path / 'x'}", f"inspect {tmp_path / 'x'}"):
+        done = subprocess.run(f"{command} {what} {closed}", shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(growth.open(tmp_path / "x")) > len(growth.open(whole))
+
+
+@pytest.mark.parametrize(("umask", "directory", "file"), [(0o077, 0o700, 0o600), (0o002, 0o775, 0o664)])
+def test_results_are_as_readable_as_the_umask_says(whole, tmp_path, umask, directory, file):
+    before = os.umask(umask)
+    try:
+        for path in (growth.stack(whole, tmp_path / "a"), growth.widen(whole, tmp_path / "b", ffn=50)):
+            assert path.stat().st_mode & 0o777 == directory
+            assert {each.stat().st_mode & 0o777 for each in path.iterdir()} == {file}
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("operator", ["stack", "widen"])
+def test_a_limit_on_the_size_of_files_is_a_full_disk(whole, tmp_path, operator):
+    """The copy in the kernel and the write of what was computed, both cut off in the middle."""
+    asked = {"stack": "stack", "widen": "widen --ffn 50"}[operator].split()
+    code = "from growth.cli import main; main()"
+    shell = "ulimit -f 50; exec " + shlex.join([sys.executable, "-c", code, *asked, str(whole), str(tmp_path / "x")])
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == 1 and "disk full while writing" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

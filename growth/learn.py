@@ -155,11 +155,8 @@ class Grown:
     """The bigger model, whose weights are made of the maps, and whose gradient goes to the maps."""
 
     def __init__(self, growth: Growth):
-        import transformers
-
         self.growth = growth
-        kind = getattr(transformers, growth.config["architectures"][0])
-        self.model = empty(kind, growth.config, *growth.works_in)
+        self.model = empty(_kind(growth), growth.config, *growth.works_in)
         self.places = {slot.name: slot for slot in growth.sources if slot.name not in self.model.all_tied_weights_keys}
         self.windows = stored(self.model)
         self._refuse_missing()
@@ -197,6 +194,15 @@ class Grown:
         for name, (owner, _) in self.windows.items():
             parts[owner].append(name)
         return parts
+
+
+def _kind(growth: Growth) -> type:
+    import transformers
+
+    name = next(iter(growth.config.get("architectures") or []), "AutoModel")
+    if not hasattr(transformers, name) or name.startswith("Auto"):
+        raise UserError(f"{growth.checkpoint.path}: config.json names no class of transformers, so there is no loss")
+    return getattr(transformers, name)
 
 
 def trained(growth: Growth, batches: Iterable[Batch], steps: int, lr: float) -> list[float]:

@@ -150,6 +150,13 @@ def test_what_is_learned_loads_in_transformers_and_has_a_lower_loss(source, tmp_
     assert growth.open(src).digest() == before
 
 
+def test_a_second_head_is_carried_along(tmp_path):
+    src = save(tmp_path / "src", "bert", "BertForPreTraining")
+    out = growth.learn(src, tmp_path / "x", batches=some(3), hidden=60, steps=3, lr=0.003)
+    first, last = json.loads((out / "growth.json").read_text())["losses"]
+    assert last < first and load(out, "BertForPreTraining").cls.seq_relationship.in_features == 60
+
+
 def test_the_same_seed_learns_the_same_and_another_one_something_else(source, tmp_path):
     def digest(name, seed):
         path = growth.learn(source("bert"), tmp_path / name, batches=some(3), hidden=60, steps=3, seed=seed)
@@ -177,6 +184,9 @@ def test_too_few_batches_and_models_without_a_loss_are_refused(source, tmp_path)
         growth.learn(source("llama"), tmp_path / "x", batches=some(2), factor=2, steps=3)
     body = save(tmp_path / "body", "bert", "BertModel")
     with pytest.raises(UserError, match="BertModel"):
+        growth.learn(body, tmp_path / "x", batches=some(2), factor=2, steps=2)
+    (body / "config.json").write_text(json.dumps({**growth.open(body).config, "architectures": None}))
+    with pytest.raises(UserError, match="names no class"):
         growth.learn(body, tmp_path / "x", batches=some(2), factor=2, steps=2)
     assert not (tmp_path / "x").exists()
 

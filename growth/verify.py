@@ -57,7 +57,7 @@ def verify(a: Any, b: Any, *, rows: int = 2, length: int = 64, seed: int = 0, dt
         raise UsageError(f"dtype {dtype!r}: float64, float32 or bfloat16")
     kind = getattr(torch, dtype)
     one, two = (_outputs(c, anatomy, tokens, kind) for c, anatomy in zip((first, second), anatomies, strict=True))
-    gaps = [(two[name][..., : one[name].shape[-1]] - one[name]).abs() for name in one if name in two]
+    gaps = [_apart(one[name], two[name]) for name in one if name in two]
     if not gaps:
         raise UserError(f"{a} and {b} have no output in common")
     return Verdict(
@@ -69,6 +69,12 @@ def verify(a: Any, b: Any, *, rows: int = 2, length: int = 64, seed: int = 0, dt
         tokens=tokens.numel(),
         allowed=max(FLOAT64, ROUNDINGS * max(_epsilon(c, kind) for c in (first, second))),
     )
+
+
+def _apart(one, two):
+    """Of what both have: a wider model's first channels, the tokens of the smaller vocabulary."""
+    n = min(one.shape[-1], two.shape[-1])
+    return (two[..., :n] - one[..., :n]).abs()
 
 
 def _epsilon(checkpoint, kind) -> float:
@@ -99,10 +105,22 @@ def _outputs(checkpoint, anatomy: Anatomy, tokens, dtype) -> dict[str, Any]:
     import torch
 
     model = load(checkpoint, anatomy, dtype)
-    extra = {"decoder_input_ids": tokens.flip(0)} if anatomy.config.get("is_encoder_decoder") else {}
     with torch.no_grad():
-        seen = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **extra)
+        seen = model(**_inputs(model, tokens))
     return {name: seen[name].double() for name in OUTPUTS if seen.get(name) is not None}
+
+
+def _inputs(model, tokens) -> dict[str, Any]:
+    """What the model's class takes for tokens [rows, length]."""
+    import torch
+
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        tokens = tokens[:, None]  # one choice each
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    tokens = tokens.clone()
+    tokens[:, -1] = model.config.eos_token_id  # where T5's classifier reads
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "decoder_input_ids": tokens.flip(0)}
 
 
 def load(checkpoint, anatomy: Anatomy, dtype):

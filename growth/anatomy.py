@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from growth import families
@@ -35,8 +35,7 @@ class Anatomy:
         """Tensors that are not stored because they are another one."""
         stored = {slot.name for slot in self.places}
         slots = self.family.slots(self.config, self.prefix)
-        pairs = _tied(self.family, self.prefix) if self.family.view(self.config).holds(self.family.ties) else {}
-        return {head: source for head, source in pairs.items() if head not in stored and self._has(slots[head])}
+        return {head: source for head, source in _shared(self).items() if head not in stored and self._has(slots[head])}
 
     @property
     def tied_head(self) -> bool:
@@ -67,6 +66,29 @@ def dissect(checkpoint) -> Anatomy:
     _refuse_missing(family, checkpoint, prefix, slots.values(), places)
     _refuse_shapes(family, places, checkpoint)
     return Anatomy(family, checkpoint.config, prefix, places, frozenset(buffers))
+
+
+def once(checkpoint, anatomy: Anatomy) -> Anatomy:
+    """Without tensors that are stored although they are tied and no different: else both would change apart."""
+    stored = {slot.name: name for slot, name in anatomy.places.items()}
+    pairs = {
+        stored[head]: stored[source] for head, source in _shared(anatomy).items() if {head, source} <= stored.keys()
+    }
+    twins = {head for head, source in pairs.items() if _equal(checkpoint, head, source)}
+    return replace(anatomy, places={slot: name for slot, name in anatomy.places.items() if name not in twins})
+
+
+def _shared(anatomy: Anatomy) -> dict[str, str]:
+    """Tensors that are another one, by the config: stored once, as a rule."""
+    ties = anatomy.family.view(anatomy.config).holds(anatomy.family.ties)
+    return _tied(anatomy.family, anatomy.prefix) if ties else {}
+
+
+def _equal(checkpoint, one: str, other: str) -> bool:
+    import torch
+
+    same_type = checkpoint[one].dtype == checkpoint[other].dtype
+    return same_type and torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
 
 
 def _best_prefix(family: Family, config: Mapping[str, Any], named: Mapping[str, str]) -> tuple[str, dict[str, Slot]]:

@@ -77,7 +77,8 @@ class Factors(Axes):
         bare = self.family.norms == "post" or (self.family.norms == "branch" and slot.row.body)
         if key == EMBED and bare:
             return self.maps[key].scales  # no norm stands between the stream and its readers
-        return [1.0] * len(self.maps[key])
+        own = key == EMBED and not slot.row.body and f"{slot.row.name}.weight" in self.family.tied
+        return [1.0 / self.root if own else 1.0] * len(self.maps[key])
 
     def _norm_factors(self, slot: Slot, key: Key) -> list[float]:
         """Norms in front of a branch undo the scale of the stream, those that write to the stream keep it."""

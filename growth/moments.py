@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from growth.anatomy import Anatomy, dissect
+from growth.anatomy import Anatomy, dissect, once
 from growth.checkpoint import Checkpoint, open
 from growth.errors import UserError
 from growth.families.table import Slot
@@ -47,7 +47,8 @@ def moments(snapshot: str | Path, grown: str | Path, dst: str | Path) -> Path:
     guard(dst, [snapshot], overwrite=False)
     new = open(grown)
     story = lineage_of(new)
-    before, after = dissect(_source(new, story)), dissect(new)
+    source = _source(new, story)
+    before, after = once(source, dissect(source)), dissect(new)
     way = WAYS[story["operator"]](before, story)
     with committed(dst) as directory:
         for key, power in POWERS.items():

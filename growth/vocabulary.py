@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from growth.anatomy import Anatomy, dissect
+from growth.anatomy import Anatomy, dissect, once
 from growth.errors import UsageError, UserError
 from growth.noise import drawn
 from growth.operate import PLAIN, Output, Result, delivered, opened
@@ -114,7 +114,7 @@ def vocabulary(
     if how in ALIGNED and vectors is None:
         raise UsageError(f"{how} needs aligned vectors of the old and the new tokens; {', '.join(HOW)} need none")
     checkpoint = opened(src, dst, output)
-    anatomy = dissect(checkpoint)
+    anatomy = once(checkpoint, dissect(checkpoint))
     tokens = _more(anatomy, size) if vectors is None else _others(anatomy, _tensors(vectors), how)
     config = anatomy.family.resized(anatomy.config, {"vocab": len(tokens)})
     stream = _stream(checkpoint, anatomy, tokens, Rows(how, rank, seed))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from growth.anatomy import Anatomy, dissect
+from growth.anatomy import Anatomy, dissect, once
 from growth.errors import UsageError, UserError
 from growth.fill import filled
 from growth.maps import Units
@@ -49,7 +49,7 @@ def widen(
     if not 0 <= noise <= LOUDEST:
         raise UsageError(f"noise {noise}: from 0 to {LOUDEST}, where 1 is as loud as the weights")
     checkpoint = opened(src, dst, output)
-    anatomy = dissect(checkpoint)
+    anatomy = once(checkpoint, dissect(checkpoint))
     widening, preserves = planned(anatomy, asked, how, noise, seed)
     config = anatomy.family.resized(anatomy.config, new_sizes(widening))
     stream = units_stream(checkpoint, anatomy, widening, above=how == "aki")

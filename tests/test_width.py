@@ -174,6 +174,23 @@ def test_t5_with_a_head_of_its_own_grows_in_every_direction(source, tmp_path, st
     assert all(torch.equal(again.tensor(name), tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "gemma2", "t5"])
+def test_a_tied_table_that_is_stored_twice_stays_one_table(source, tmp_path, kind):
+    """Many checkpoints hold it under both names; a head that differs from it is another matter."""
+    old = growth.open(source(kind))
+    twins = dissect(old).tied
+    tensors = {name: old.tensor(name) for name in old} | {name: old.tensor(origin) for name, origin in twins.items()}
+    src = growth.write(tmp_path / "src", old.config, tensors.items())
+    hidden = 96 if kind in RMS else 60
+    for made in (growth.widen(src, tmp_path / "wide", hidden=hidden, noise=0.5),
+                 growth.vocabulary(src, tmp_path / "more", size=60, how="normal")):  # fmt: skip
+        assert not twins.keys() & growth.open(made).keys() and gap(src, made) <= EXACT
+    lone = next(name for name in twins if name.endswith("weight") and "embed_tokens" not in name)
+    own = growth.write(tmp_path / "own", old.config, (tensors | {lone: tensors[lone] * 0.5}).items())
+    wide = growth.widen(own, tmp_path / "wider", hidden=hidden, noise=0.5)
+    assert lone in growth.open(wide) and gap(own, wide) <= EXACT
+
+
 # every row of the table that breaks
 
 

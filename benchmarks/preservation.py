@@ -298,8 +298,8 @@ def written(out: Path, cells: list[Cell], guards: list[Cell], about: dict, table
     ]
     bold = {str(cell) for cell in cells if cell.promised != "exact"}
     for title, columns, rows in tables:
-        body = [[f"**{text}**" if text in bold else text for text in row] for row in rows]
-        lines += ["", f"## {title.capitalize()}", "", *map(_line, [columns, ["---"] * len(columns), *body])]
+        body = [[f"**{text}**" if text in bold and title in TABLES else text for text in row] for row in rows]
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *map(_line, [columns, ["---"] * len(columns), *body])]
     machine, versions = ([f"{key} {value}" for key, value in about[part].items()] for part in ("machine", "versions"))
     lines += ["", f"Made in {about['seconds']} s on: {', '.join(machine)}; {', '.join(versions)}.", ""]
     write_text(out.with_suffix(".md"), "\n".join(lines))

@@ -67,6 +67,8 @@ def _weights(how: str, n: int, weights: Sequence[float] | None) -> list[float]:
         weights = {"linear": [1 / n] * n, "task": [1.0] * n, "slerp": [0.5, 0.5]}[how]
     if len(weights) != n or not all(math.isfinite(w) for w in weights):
         raise UsageError(f"{len(weights)} weights for {n} models: one finite number for each is expected")
+    if how == "slerp" and sum(weights) <= 0:
+        raise UsageError(f"weights {weights}: shares of the way from one to the other must sum to more than nothing")
     return [float(w) for w in weights]
 
 

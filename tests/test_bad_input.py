@@ -177,6 +177,7 @@ def test_names_with_and_without_the_prefix_are_one_model(damaged, whole, tmp_pat
         ("widen --ffn 50 --noise -1", "from 0 to 100"),
         ("upcycle --experts 100000", "no more than 10000"),
         ("upcycle --noise nan", "no less than 0"),
+        ("merge {src} --how slerp --weights 0,0", "sum to more than nothing"),
         ("cut --layers ,", "numbers with commas between them"),
         ("cut --ffn 0", "0 of ffn cannot be kept: at least 1"),
         ("cut --heads 0", "0 of heads cannot be kept"),
@@ -186,7 +187,8 @@ def test_names_with_and_without_the_prefix_are_one_model(damaged, whole, tmp_pat
 @pytest.mark.timeout(10)
 def test_what_cannot_be_asked_for_is_refused_at_once(whole, tmp_path, asked, said):
     command, *options = asked.split()
-    done = CliRunner().invoke(main, [command, str(whole), str(tmp_path / "x"), *options])
+    first = [options.pop(0).format(src=whole)] if "{src}" in asked else []
+    done = CliRunner().invoke(main, [command, *first, str(whole), str(tmp_path / "x"), *options])
     assert done.exit_code in (1, 2) and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
 

@@ -52,7 +52,8 @@ class Ligo(Factors):
     def take(self, slot: Slot, sources: list[Any]):
         """The bigger model's tensor, of the same one of every old layer (of itself, outside of layers)."""
         offset = 1.0 if slot.row.is_norm and self.family.gain == "1+w" else 0.0
-        mixed = sum(weight * (source + offset) for weight, source in self._terms(slot, sources))
+        gains = [source + offset for source in sources] if offset else sources
+        mixed = sum(weight * gain for weight, gain in self._terms(slot, gains))
         return self.along(mixed, slot, lambda part, *at: self._mapped(part, slot, *at)) - offset
 
     def depth(self, slot: Slot) -> str | None:

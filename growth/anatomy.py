@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from growth.axes import fits
 from growth.errors import UserError
 from growth.families.table import Family, Slot
 from growth.ranges import FLOATS
+from growth.strange import tensors, unknown_family
 
 LANGUAGE = ("LM", "ForConditionalGeneration", "DoubleHeads")  # classes with a language model's head
 
@@ -55,13 +55,14 @@ class Anatomy:
 
 def dissect(checkpoint) -> Anatomy:
     """Refuses tensors without a place, places without a tensor, and shapes that contradict config.json."""
-    family = families.of(checkpoint.config)
+    family = _family(checkpoint)
     _refuse_too_many(family, checkpoint)
     named = _named(family, checkpoint)
     prefix, slots = _best_prefix(family, checkpoint.config, named)
     buffers = {named[name] for name in family.buffer_names(checkpoint.config, prefix) & named.keys() - slots.keys()}
     kept = {new: old for new, old in named.items() if old not in buffers}
-    _refuse_unknown(family, prefix, [old for new, old in kept.items() if new not in slots], checkpoint)
+    if unknown := [old for new, old in kept.items() if new not in slots]:
+        raise unknowntensors(family, prefix, unknown, checkpoint)
     places = {slots[new]: old for new, old in kept.items()}
     _refuse_missing(family, checkpoint, prefix, slots.values(), places)
     _refuse_shapes(family, places, checkpoint)
@@ -89,6 +90,13 @@ def _equal(checkpoint, one: str, other: str) -> bool:
 
     same_type = checkpoint[one].dtype == checkpoint[other].dtype
     return same_type and torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
+
+
+def _family(checkpoint) -> Family:
+    try:
+        return families.of(checkpoint.config)
+    except UserError as error:
+        raise unknown_family(error, checkpoint) from None
 
 
 def _best_prefix(family: Family, config: Mapping[str, Any], named: Mapping[str, str]) -> tuple[str, dict[str, Slot]]:
@@ -125,36 +133,22 @@ def _tied(family: Family, prefix: str) -> dict[str, str]:
     return {full(head): full(source) for head, source in family.tied.items()}
 
 
-def _refuse_unknown(family: Family, prefix: str, unknown: list[str], checkpoint) -> None:
-    if unknown:
-        shape = checkpoint[unknown[0]].shape
-        raise UserError(
-            f"{checkpoint.path} has {_tensors(len(unknown))} that {family.name}'s table does not know, first: "
-            f"{unknown[0]} {list(shape)}; a row to add in growth/families/{family.model_type}.py would be like "
-            + _row_like(family, unknown[0].removeprefix(prefix), shape, checkpoint.config)
-        )
-
-
-def _tensors(n: int) -> str:
-    return "1 tensor" if n == 1 else f"{n} tensors"
-
-
-def _row_like(family: Family, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> str:
-    axis = {size: axis for axis, size in reversed(family.sizes_of(config).items())}
-    module = re.sub(r"\.\d+\.", ".{layers}.", name.removesuffix(".weight"))
-    return f'"{module}": "{" <- ".join(axis.get(n, "?") for n in shape)}"'
-
-
 def _refuse_missing(family: Family, checkpoint, prefix: str, slots: Iterable[Slot], places: Mapping[Slot, str]) -> None:
     here = {slot.row.group for slot in places} | {""}
     shared = _tied(family, prefix) if family.view(checkpoint.config).holds(family.ties) else {}
     wanted = [slot for slot in slots if slot.row.required and slot.row.group in here]
     missing = [slot.name for slot in wanted if slot not in places and slot.name not in shared]
     if missing:
-        raise UserError(f"{checkpoint.path} lacks {_tensors(len(missing))} of {family.name}, first: {missing[0]}")
+        raise UserError(f"{checkpoint.path} lacks {tensors(len(missing))} of {family.name}, first: {missing[0]}")
 
 
 def _refuse_shapes(family: Family, places: Mapping[Slot, str], checkpoint) -> None:
+    view, sizes = family.view(checkpoint.config), family.sizes_of(checkpoint.config)
+    for key, follow in family.follows.items():
+        if (said := getattr(view, key)) != follow(sizes):
+            raise UserError(
+                f"{checkpoint.path}: config.json says {key} {said}, but its other sizes make {follow(sizes)}"
+            )
     for slot, name in places.items():
         entry = checkpoint[name]
         if not fits(entry.shape, slot.shape):

@@ -61,7 +61,7 @@ def by_axis(anatomy: Anatomy, asked: Sizes) -> dict[str, int]:
         return want | _grouped(old, asked)
     if asked.kv_heads:
         raise UserError(f"{anatomy.family.name} has no key-value heads apart from its heads")
-    return want | {"heads": asked.heads or _followed(anatomy, want["embed"], want["head"])}
+    return want | {"heads": _followed(anatomy, asked.heads, want["embed"], want["head"])}
 
 
 def _multiple(n: int, unit: int) -> int:
@@ -76,10 +76,14 @@ def _grouped(old: Mapping[str, int], asked: Sizes) -> dict[str, int]:
     return {"kv": kv, "group": heads // kv}
 
 
-def _followed(anatomy: Anatomy, embed: int, head: int) -> int:
+def _followed(anatomy: Anatomy, heads: int | None, embed: int, head: int) -> int:
     """Where heads divide the model's width, more width is more heads, unless these are to be larger."""
     if not callable(anatomy.family.sizes["head"]):
-        return anatomy.sizes["heads"]
+        return heads or anatomy.sizes["heads"]
+    if heads and heads * head != embed:
+        other = f" or --head-size {embed // heads}" if embed % heads == 0 else ""
+        raise UserError(f"{heads} heads of {head} channels are {heads * head}, not hidden {embed};"
+                        f" with --hidden {heads * head}{other} they fit")  # fmt: skip
     if embed % head:
         raise UserError(f"hidden {embed} is not made of whole heads of {head} channels; {nearest(embed, head)} is")
     return embed // head

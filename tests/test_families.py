@@ -135,6 +135,17 @@ def test_a_notation_that_says_nothing_is_refused(text):
 def test_an_unknown_architecture_and_an_unknown_tensor_are_named_with_what_would_help():
     with pytest.raises(UserError, match="no table for model_type 'lama'; did you mean 'llama'"):
         of({"model_type": "lama"})
+    other = stored("llama", transformers.LlamaForCausalLM, {})
+    other.config["model_type"] = "lamb3"
+    with pytest.raises(
+        UserError, match=r"39 of its 39 tensors are named as those of Llama: try replace\(LLAMA, model_type"
+    ):
+        dissect(other)
+    other["model.layers.1.mlp.gate_up.weight"] = Entry("F32", (41, 48), None, 0, 0)
+    with pytest.raises(UserError, match=r'not model\.layers\.1\.mlp\.gate_up.*\.gate_up": "ffn <- embed"'):
+        dissect(other)
+    with pytest.raises(UserError, match=r"^no table for model_type 'x'; known: [^;]*$"):
+        dissect(Stored({"model_type": "x"}, {"weights": (3, 4)}))
     whole = stored("bert", transformers.BertForMaskedLM, {})
     whole["bert.encoder.layer.1.adapter.weight"] = Entry("F32", (41, 30), None, 0, 0)
     with pytest.raises(UserError, match=r"1 tensor that BERT's table .* bert\.encoder\.layer\.1\.adapter") as error:
@@ -157,6 +168,13 @@ def test_shapes_that_contradict_the_config_are_both_named():
         dissect(whole)
 
 
+def test_sizes_of_a_config_that_contradict_each_other_are_both_named():
+    whole = stored("llama", transformers.LlamaForCausalLM, {})
+    whole.config["num_attention_heads"] = 7
+    with pytest.raises(UserError, match="says num_attention_heads 7, but its other sizes make 6"):
+        dissect(whole)
+
+
 def test_integers_in_the_place_of_weights_are_refused():
     whole = stored("gpt2", transformers.GPT2Model, {})
     whole["ln_f.weight"] = Entry("I32", (30,), None, 0, 0)
@@ -171,6 +189,32 @@ def test_old_names_and_buffers_are_understood():
     anatomy = dissect(old)
     assert anatomy.buffers == {"embeddings.position_ids"}
     assert {slot.name for slot in anatomy.places} == set(whole)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_names_are_understood_with_and_without_the_prefix_of_the_base_model(model_type):
+    """Checkpoints on the hub have `bert.`, `model.`, `transformer.` or nothing, whatever class their config names."""
+    family = FAMILIES[model_type]
+    for cls in classes(model_type):
+        whole = stored(model_type, cls, {})
+        anatomy = dissect(whole)
+        own = {name: slot.row.body for slot, name in anatomy.places.items()}
+        for prefix in (*family.prefixes, ""):
+            shapes = {(prefix if own[n] else "") + n.removeprefix(anatomy.prefix if own[n] else ""): e.shape
+                      for n, e in whole.items()}  # fmt: skip
+            again = dissect(Stored(whole.config, shapes))
+            assert again.prefix == prefix and len(again.places) == len(anatomy.places)
+            assert again.tied_head == anatomy.tied_head
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_buffer_that_old_versions_stored_is_left_out(model_type):
+    whole = stored(model_type, classes(model_type)[0], {})
+    family, config = FAMILIES[model_type], whole.config
+    buffers = family.buffer_names(config, dissect(whole).prefix)
+    assert buffers or model_type == "modernbert"
+    old = Stored(config, {name: e.shape for name, e in whole.items()} | dict.fromkeys(buffers, (1, 37)))
+    assert dissect(old).buffers == buffers and len(dissect(old).places) == len(whole)
 
 
 def test_two_names_for_one_tensor_and_more_layers_than_tensors_are_refused():

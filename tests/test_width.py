@@ -360,7 +360,12 @@ def test_maps_keep_every_old_unit_and_read_undoes_write():
         ("bert", {"hidden": 48}, "only multiples of 30 keep the function: 30 or 60; --how fpi, aki or mean"),
         ("modernbert", {"hidden": 48}, "only multiples of 30"),
         ("bert", {"hidden": 50}, "not made of whole heads of 6 channels; 48 or 54 is"),
-        ("bert", {"heads": 10}, "BERT cannot have these sizes together"),
+        (
+            "bert",
+            {"heads": 10},
+            "10 heads of 6 channels are 60, not hidden 30; with --hidden 60 or --head-size 3 they fit",
+        ),
+        ("bert", {"heads": 7, "hidden": 60}, "7 heads of 6 channels are 42, not hidden 60; with --hidden 42 they fit"),
         ("bert", {"kv_heads": 10}, "BERT has no key-value heads"),
         ("llama", {"hidden": 67}, "hidden_size 67 must be a multiple of num_attention_heads 6, such as 72"),
         ("llama", {"heads": 10}, "10 heads cannot share 3 key-value heads evenly; 9 or 12 can"),

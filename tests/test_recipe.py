@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -63,6 +64,11 @@ def test_every_packaged_recipe_is_valid_and_survives_being_written(name, load):
     recipe = recipes.load(name)
     assert recipe.recipe == name and recipe.about
     assert load(recipes.dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize("path", sorted((Path(recipes.__file__).parent.parent / "recipes" / "paper").glob("*.yaml")))
+def test_every_paper_twin_is_valid_and_has_a_runnable_twin(path):
+    assert recipes.load(path).recipe == f"{path.stem}_paper" and path.stem in recipes.packaged()
 
 
 def test_a_resolved_recipe_has_every_default_and_no_number_that_yaml_misreads(load):

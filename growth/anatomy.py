@@ -11,7 +11,7 @@ from growth.axes import fits
 from growth.errors import UserError
 from growth.families.table import Family, Slot
 from growth.ranges import FLOATS
-from growth.strange import tensors, unknown_family
+from growth.strange import tensors, unknown_family, unknown_tensors
 
 LANGUAGE = ("LM", "ForConditionalGeneration", "DoubleHeads")  # classes with a language model's head
 
@@ -62,7 +62,7 @@ def dissect(checkpoint) -> Anatomy:
     buffers = {named[name] for name in family.buffer_names(checkpoint.config, prefix) & named.keys() - slots.keys()}
     kept = {new: old for new, old in named.items() if old not in buffers}
     if unknown := [old for new, old in kept.items() if new not in slots]:
-        raise unknowntensors(family, prefix, unknown, checkpoint)
+        raise unknown_tensors(family, prefix, unknown, checkpoint)
     places = {slots[new]: old for new, old in kept.items()}
     _refuse_missing(family, checkpoint, prefix, slots.values(), places)
     _refuse_shapes(family, places, checkpoint)
@@ -145,10 +145,8 @@ def _refuse_missing(family: Family, checkpoint, prefix: str, slots: Iterable[Slo
 def _refuse_shapes(family: Family, places: Mapping[Slot, str], checkpoint) -> None:
     view, sizes = family.view(checkpoint.config), family.sizes_of(checkpoint.config)
     for key, follow in family.follows.items():
-        if (said := getattr(view, key)) != follow(sizes):
-            raise UserError(
-                f"{checkpoint.path}: config.json says {key} {said}, but its other sizes make {follow(sizes)}"
-            )
+        if (said := getattr(view, key)) != (made := follow(sizes)):
+            raise UserError(f"{checkpoint.path}: config.json says {key} {said}, but its other sizes make {made}")
     for slot, name in places.items():
         entry = checkpoint[name]
         if not fits(entry.shape, slot.shape):

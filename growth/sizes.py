@@ -81,7 +81,7 @@ def _followed(anatomy: Anatomy, heads: int | None, embed: int, head: int) -> int
     if not callable(anatomy.family.sizes["head"]):
         return heads or anatomy.sizes["heads"]
     if heads and heads * head != embed:
-        other = f" or --head-size {embed // heads}" if embed % heads == 0 else ""
+        other = f" or --head-size {embed // heads}" if embed % heads == 0 and embed // heads > head else ""
         raise UserError(f"{heads} heads of {head} channels are {heads * head}, not hidden {embed};"
                         f" with --hidden {heads * head}{other} they fit")  # fmt: skip
     if embed % head:

@@ -363,8 +363,9 @@ def test_maps_keep_every_old_unit_and_read_undoes_write():
         (
             "bert",
             {"heads": 10},
-            "10 heads of 6 channels are 60, not hidden 30; with --hidden 60 or --head-size 3 they fit",
+            "10 heads of 6 channels are 60, not hidden 30; with --hidden 60 they fit",
         ),
+        ("gpt2", {"heads": 5, "hidden": 60}, "are 30, not hidden 60; with --hidden 30 or --head-size 12 they fit"),
         ("bert", {"heads": 7, "hidden": 60}, "7 heads of 6 channels are 42, not hidden 60; with --hidden 42 they fit"),
         ("bert", {"kv_heads": 10}, "BERT has no key-value heads"),
         ("llama", {"hidden": 67}, "hidden_size 67 must be a multiple of num_attention_heads 6, such as 72"),

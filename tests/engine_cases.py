@@ -172,6 +172,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def main() -> None:
+    import hook_cases
+
     torch.set_num_threads(1)
     run = Run()
     losses = [run.step(step) for step in range(4)]
@@ -191,6 +193,7 @@ def main() -> None:
                 "cuts": cuts,
                 "resumes": {precision: resumes(precision) for precision in ("fp32", "bf16")},
                 "refuses": refuses_what_is_not_finite(),
+                "hooks": hook_cases.cases(STAGE),
             }
         )
     )

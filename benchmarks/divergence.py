@@ -6,7 +6,7 @@ Loss and gradient are compared before anything is timed: in float64 with the pla
 the dtype of the race. Times are interleaved, forward and backward, minimum of the repeats, CPU seconds beside them, for
 a shared machine disturbs them less. Extra memory is the rise of a process's peak resident size during the call, in a
 process of its own; on CUDA that of the allocator. The floor counts products alone, 2 N V (3 d_s + d_t) FLOP, at the
-matrix rate measured here. Peers run uncompiled on a CPU; Liger with its own chunks of 1,024 rows and with ours. With
+matrix rate measured here. Peers run uncompiled on a CPU; Liger with its own chunks of 1,024 rows and with 128. With
 --cuda the shape is that of Liger's published figures.
 """
 
@@ -19,7 +19,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +29,7 @@ from statistics import quantiles
 
 import torch
 import torch.nn.functional as F
-from relation_kl import matrix_rate, peak, slope
+from relation_kl import peak, slope
 
 from distill.evaluate.machine import facts
 from distill.heads import Logits
@@ -57,7 +59,7 @@ class Shape:
 ISSUE, LIGER = Shape(1024, 32_000, 256, 384), Shape(8192, 128_256, 2048, 4096)
 EXACT = Shape(48, 32_000, 256, 384)
 ROWS = (512, 1024, 2048, 4096)
-CHUNKS = (16, 32, 64, 128, 256, 512)
+CHUNKS = (32, 64, 128, 192, 256, 512)
 
 
 def plain(h, w, t, u, beta):
@@ -115,13 +117,21 @@ def step(form: str, inputs, kind: str):
     return loss.detach(), inputs[0].grad, inputs[1].grad
 
 
-def timed(form: str, inputs, kind: str) -> tuple[float, float]:
-    """Wall and CPU seconds."""
+def timed(run: Callable, device: str) -> tuple[float, float]:
+    """Wall and CPU seconds; on CUDA both are those of the wall."""
     wall, cpu = time.perf_counter(), time.process_time()
-    step(form, inputs, kind)
-    if inputs[0].is_cuda:
+    run()
+    if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    passed = time.perf_counter() - wall
+    return passed, passed if device == "cuda" else time.process_time() - cpu
+
+
+def matrix_rate(dtype, device: str) -> float:
+    """FLOP/s of a large product, by CPU seconds."""
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(timed(lambda: a @ a, device)[1] for _ in range(8))
 
 
 def agreement(shape: Shape, kind: str) -> dict:
@@ -142,8 +152,8 @@ def race(shape: Shape, dtype, kind: str, repeats: int, device: str) -> dict:
     runs = {form: [] for form in FORMS}
     for _ in range(repeats):
         for form in FORMS:
-            runs[form].append(timed(form, inputs, kind))
-    floor = shape.flop / matrix_rate() if device == "cpu" else None
+            runs[form].append(timed(partial(step, form, inputs, kind), device))
+    floor = shape.flop / matrix_rate(dtype, device)
     result = {"shape": str(shape), "kind": kind, "dtype": str(dtype), "losses": losses, "floor": floor}
     for clock, seconds in (("wall", 0), ("cpu", 1)):
         times = {form: sorted(run[seconds] for run in runs[form]) for form in FORMS}
@@ -184,14 +194,14 @@ def memory(options) -> dict:
 
 
 def chunks(options) -> dict:
-    """CPU seconds (milliseconds of the wall on CUDA say the same) and memory of chunks of so many rows."""
+    """CPU seconds and memory with chunks of so many rows."""
     shape, dtype = options.shape
     inputs, found = draw(shape, dtype, options.device), {chunk: [] for chunk in CHUNKS}
     name = "CHUNK_ON_A_GPU" if options.cuda else "CHUNK"
     for _ in range(options.repeats + 1):
         for chunk in CHUNKS:
             setattr(token_sum, name, chunk)
-            found[chunk].append(timed("ours", inputs, "forward_kl")[0 if options.cuda else 1])
+            found[chunk].append(timed(partial(step, "ours", inputs, "forward_kl"), options.device)[1])
     return {
         chunk: {"seconds": min(runs[1:]), "memory": extra_memory("ours", shape, options, chunk)}
         for chunk, runs in found.items()
@@ -204,10 +214,10 @@ def show_times(races: list[dict]) -> None:
         rows = [
             (form, f"{r['wall'][form]['best'] * 1e3:.0f} ms", f"{r['wall'][form]['best'] / best:.2f}",
              f"{r['cpu'][form]['best'] * 1e3:.0f} ms", f"{r['cpu'][form]['best'] / r['cpu']['plain']['best']:.2f}",
-             f"{floor / r['cpu'][form]['best']:.0%}" if floor else "")
+             f"{floor / r['cpu'][form]['best']:.0%}")
             for form in FORMS
         ]  # fmt: skip
-        print(f"{r['kind']}, {r['shape']}" + (f", floor {floor * 1e3:.0f} ms" if floor else ""))
+        print(f"{r['kind']}, {r['shape']}, floor {floor * 1e3:.0f} ms")
         table(["form", "wall", "of plain", "CPU", "of plain", "floor is"], rows)
 
 

@@ -127,7 +127,7 @@ FINISHES = [
 def test_heads_give_what_their_logits_give(kind, share, finish, monkeypatch):
     student, teacher = heads(**finish)
     theirs = reference(made(student), made(teacher), kind, temperature=1.5, **share).mean()
-    for chunk, strip in ((128, 2**18), (4, 2 * VOCABULARY), (3, 1)):
+    for chunk, strip in ((192, 2**18), (4, 2 * VOCABULARY), (3, 1)):
         monkeypatch.setattr(token_sum, "CHUNK", chunk)
         monkeypatch.setattr(token_sum, "STRIP", strip)
         ours = divergence(student, teacher, kind, temperature=1.5, **share)
@@ -432,6 +432,18 @@ def test_the_logits_never_exist():
     ran = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True, timeout=120)
     one_side = 4096 * 10000 * 4
     assert 0 < int(ran.stdout) < one_side / 4, f"{int(ran.stdout) / 2**20:.0f} MiB"
+
+
+def test_what_no_divergence_is_called_by_is_said():
+    x = draw(2, 5)
+    for keys, expected in (
+        ({"kind": "forward_lk"}, "did you mean 'forward_kl'"),
+        ({"kind": "jsd", "beta": 1.2}, "beta=1.2 must be from 0 to 1"),
+        ({"kind": "skew_reverse_kl", "alpha": 1.0}, "alpha=1 at least 0 and below 1"),
+        ({"ce": 0.5}, "needs targets"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            divergence(x, x, **keys)
 
 
 # The value in a recipe

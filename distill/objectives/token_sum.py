@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.heads import Logits, add_product
-from distill.objectives.divergences import Distribution, kind_of, slope
+from distill.objectives.divergences import Distribution, kind_of
 from distill.objectives.known import known, softmax_rows
+from growth.errors import UserError
 
-CHUNK, CHUNK_ON_A_GPU = 128, 1024  # rows of a chunk: measured (benchmarks/LOG.md); a guess
+# Rows of a chunk. A product of n rows reads all of W for 2 n FLOP a number, whatever the vocabulary: too few starve it,
+# too many cost memory. The first is measured (benchmarks/LOG.md), the second a guess.
+CHUNK, CHUNK_ON_A_GPU = 192, 1024
 STRIP, STRIP_ON_A_GPU = 2**18, 2**25  # logits of a strip: measured; a guess
 IGNORED = -100
 
@@ -77,6 +80,8 @@ def divergence(
     `ce` times the cross-entropy against `targets` [N] is added in the same pass. `reduction`: "mean" over rows, "sum".
     The student gets gradients, the teacher none.
     """
+    if ce and targets is None:
+        raise UserError("cross-entropy (ce) needs targets, the labels of the rows")
     loss = against_teacher(kind_of(kind, beta, alpha), temperature, temperature_squared)
     if ce:
         loss = both(loss, against_labels(targets), ce)
@@ -160,8 +165,7 @@ def against_teacher(kind: Callable, temperature: float = 1.0, squared: bool = Fa
 
     def loss(rows: slice, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         p, q = (_distribution(x if temperature == 1 else x / temperature) for x in (teacher, logits))
-        values, along = kind(p, q)
-        by_logits = slope(q, along)
+        values, by_logits = kind(p, q)
         return values * factor, by_logits if factor == temperature else by_logits.mul_(factor / temperature)
 
     return loss

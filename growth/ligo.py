@@ -5,10 +5,10 @@ Then width: an axis of n units becomes [I; B] of them. One B serves the residual
 for queries, keys, values and neurons, tied as in bert2BERT: who reads an axis reads what its writers write.
 
 Three things differ from the authors' code, which knows two families. Attention grows by whole heads, so that rotary
-pairs and fused projections stay what they are. Where a head shares the embeddings' table, it goes on sharing it. And B
+pairs and fused projections stay what they are. A head that shares the embeddings' table goes on sharing it. And B
 starts as copies of units instead of as random averages, while readers apply the transposed left inverse of [I; B]
-instead of [I; B] itself: they read the old units whatever B is. That is better before and after training (measured,
-`benchmarks/LOG.md`); `random` is the published way.
+instead of [I; B] itself: they read the old units whatever B is. So nothing is lost at the start, while after training
+on neither way is clearly better (`benchmarks/LOG.md`); `random` is the published way.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from growth.anatomy import Anatomy, dissect, once
+from growth.behind import told
 from growth.checkpoint import Checkpoint, open
 from growth.errors import UserError
 from growth.families.table import Slot
@@ -104,7 +105,8 @@ def _wider(anatomy: Anatomy, story: Mapping[str, Any]) -> Way:
     widening = widening_of(anatomy, dict(story), story["arguments"]["noise"])
 
     def stream(state: Staged, places: Anatomy, power: int) -> Stream:
-        change = widening.take if power == 0 else partial(widening.moment, power=power)
+        told_so = replace(widening, told=told(state, places))
+        change = told_so.take if power == 0 else partial(widening.moment, power=power)
         for slot, name in places.places.items():
             piece = state[name]
             if widening.touches(slot):

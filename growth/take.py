@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class Widening(Factors):
     noise: float = 0.0  # of what readers see, relative to their weights, zero in sum over copies
     seed: int = 0
     deviation: float = 0.02  # of what is random
+    told: Callable[[Slot], Any] = lambda slot: None  # what carries a mean where a mean of rows would not
 
     def take(self, tensor, slot: Slot):
         """The tensor on the new axes."""
@@ -92,8 +94,10 @@ class Widening(Factors):
             return 0.0  # the mean is taken from a zero as well, which no gain is to let through
         if norm and not (bias and self._to_stream(slot)):
             return 0.0 if bias else 1.0  # a neutral gain
-        writes = bias or slot.row.spec.produced == d
-        return tensor.mean(dim, keepdim=True) if writes and units.extra == "mean" else 0.0
+        if units.extra != "mean" or not (bias or slot.row.spec.produced == d):
+            return 0.0
+        told = self.told(slot)
+        return tensor.mean(dim, keepdim=True) if told is None else told.to(tensor.dtype)
 
     def _random(self, wide, slot: Slot, dim: int):
         """As a new model starts: norms without effect, no biases, all else normal."""

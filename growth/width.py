@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from growth.anatomy import Anatomy, dissect, once
+from growth.behind import told
 from growth.errors import UsageError, UserError
 from growth.fill import filled
 from growth.maps import Units
@@ -51,6 +52,7 @@ def widen(
     checkpoint = opened(src, dst, output)
     anatomy = once(checkpoint, dissect(checkpoint))
     widening, preserves = planned(anatomy, asked, how, noise, seed)
+    widening = replace(widening, told=told(checkpoint, anatomy))
     config = anatomy.family.resized(anatomy.config, new_sizes(widening))
     stream = units_stream(checkpoint, anatomy, widening, above=how == "aki")
     arguments = {**asdict(asked), "how": how, "noise": noise, "seed": seed}

@@ -11,7 +11,7 @@ BERT = Family(
                heads="num_attention_heads", head=lambda c: c.hidden_size // c.num_attention_heads,
                ffn="intermediate_size", layers="num_hidden_layers",
                pool="hidden_size", transform="hidden_size", pair=2, labels=None),
-    defaults=dict(type_vocab_size=2, tie_word_embeddings=True),
+    defaults=dict(type_vocab_size=2, tie_word_embeddings=True, hidden_act="gelu"),
     body={
         "embeddings.word_embeddings":       "vocab | embed",
         "embeddings.position_embeddings":   "pos | embed",
@@ -38,6 +38,7 @@ BERT = Family(
         classifier={"classifier": "labels <- pool + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    activated=("cls.predictions.transform.dense", "encoder.layer.{layers}.output.LayerNorm", "hidden_act"),
     last_norm="cls.predictions.transform.LayerNorm",
     tied={"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
           "cls.predictions.decoder.bias": "cls.predictions.bias"},

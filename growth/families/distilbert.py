@@ -10,7 +10,7 @@ DISTILBERT = Family(
     sizes=dict(vocab="vocab_size", pos="max_position_embeddings", embed="dim", heads="n_heads",
                head=lambda c: c.dim // c.n_heads, ffn="hidden_dim", layers="n_layers",
                pool="dim", transform="dim", labels=None),
-    defaults=dict(tie_word_embeddings=True),
+    defaults=dict(tie_word_embeddings=True, activation="gelu"),
     body={
         "embeddings.word_embeddings":     "vocab | embed",
         "embeddings.position_embeddings": "pos | embed",
@@ -34,6 +34,7 @@ DISTILBERT = Family(
         classifier={"classifier": "labels <- pool + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    activated=("vocab_transform", "transformer.layer.{layers}.output_layer_norm", "activation"),
     last_norm="vocab_layer_norm",
     tied={"vocab_projector.weight": "embeddings.word_embeddings.weight"},
     buffers=("embeddings.position_ids",),

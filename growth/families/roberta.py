@@ -10,6 +10,7 @@ from growth.families.bert import BERT
 ROBERTA = replace(
     BERT,
     name="RoBERTa", model_type="roberta", prefixes=("roberta.",),
+    defaults={**BERT.defaults, "head_act": "gelu"},  # whatever the blocks have
     heads=dict(
         lm={"lm_head.dense":      "transform <- embed + bias",
             "lm_head.layer_norm": "transform + bias",
@@ -20,6 +21,7 @@ ROBERTA = replace(
         tokens={"classifier": "labels <- embed + bias"},
         qa={"qa_outputs": "labels <- embed + bias"},
     ),
+    activated=("lm_head.dense", "encoder.layer.{layers}.output.LayerNorm", "head_act"),
     last_norm="lm_head.layer_norm",
     tied={"lm_head.decoder.weight": "embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"},
 )

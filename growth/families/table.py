@@ -97,6 +97,7 @@ class Family:
     ties: str = "tie_word_embeddings"  # config key: whether it does where only one of them is stored; "": always
     closing: tuple[str, ...] = ()  # norms that write to the residual stream, by the end of their row's name
     last_norm: str = ""  # the norm in front of the tied head, whose gain makes up for what happens to the table
+    activated: tuple[str, str, str] | None = None  # a row, the norm it reads, the config key of what stands behind it
     embed_scale: bool = False  # the embeddings are multiplied by sqrt(embed)
     head_scale: str = ""  # config key: the tied head's input is divided by sqrt(embed)
     head_scaled: bool = True  # attention divides by sqrt(head)

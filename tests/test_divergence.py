@@ -568,8 +568,8 @@ def test_a_lesson_compares_the_heads_of_student_and_teacher():
 
 
 def test_losses_on_a_head_under_zero_3_have_the_gradient_of_a_plain_model():
-    (gaps,) = launch("taps_zero3.py", "bert.mlm", "qwen2.causal", "gpt2.causal")
-    assert len(gaps) == 3 and max(gaps.values()) < 2e-6
+    (gaps,) = launch("taps_zero3.py", "bert.mlm", "qwen2.causal")  # a tied head and one of its own
+    assert len(gaps) == 2 and max(gaps.values()) < 2e-6
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused():

@@ -100,7 +100,7 @@ def token_sum(student: Logits, teacher: Logits | None, loss: RowLoss, weights: T
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         total = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
         gradients = _Gradients(student, dtype) if learns else None
-        for rows in _cuts(0, student.rows, _chunk(student)):
+        for rows in _cuts(0, student.rows, _chunk([student, teacher] if teacher else [student])):
             total += _of_chunk(rows, student, teacher, loss, gradients, dtype)
     return known(total.to(dtype), gradients.found if learns else {})
 
@@ -204,10 +204,11 @@ def _cuts(first: int, end: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, end)) for i in range(first, end, size))
 
 
-def _chunk(student: Logits) -> int:
-    if student.weight is None:
-        return max(1, student.rows)
-    return CHUNK if student.hidden.device.type == "cpu" else CHUNK_ON_A_GPU
+def _chunk(sides: list[Logits]) -> int:
+    """Rows; all of them at once where logits are there anyway."""
+    if all(side.weight is None for side in sides):
+        return max(1, sides[0].rows)
+    return CHUNK if sides[0].hidden.device.type == "cpu" else CHUNK_ON_A_GPU
 
 
 def _strip(x: Tensor) -> int:

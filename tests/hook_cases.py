@@ -81,19 +81,19 @@ def submodels(stage: int) -> dict:
 
 
 def resumes(stage: int, precision: str) -> bool:
-    """Snapshots know how often each part was updated: three steps, a snapshot, three more, against the same three."""
+    """Snapshots know how often each part was updated: three steps, a snapshot, and two more, twice."""
     run = Run(stage, precision, PARTS)
     for step in range(3):
         run.step(step)
     with shared_directory() as parent:
         path = snapshot.save(parent, 3, run.engine, {}, {})
-        for step in range(3, STEPS):
+        for step in range(3, 5):
             run.step(step)
         end = run.state()
         run.engine.close()
         again = Run(stage, precision, PARTS)
         snapshot.restore(path, again.engine, {}, partial(hooks.updates, PARTS, SEED))
-        for step in range(3, STEPS):
+        for step in range(3, 5):
             again.step(step)
         found = again.state()
         again.engine.close()
@@ -106,7 +106,7 @@ def curve(stage: int) -> dict:
     ends, losses = [], []
     for asked in (False, True):
         run = Run(stage, dropout=True)
-        for step in range(3):
+        for step in range(2):
             losses += [run.heldout(run.engine)] if asked else []
             run.step(step)
         ends.append(run.state())
@@ -117,6 +117,6 @@ def curve(stage: int) -> dict:
 def cases(stage: int) -> dict:
     return {
         "submodels": submodels(stage),
-        "resumes": {precision: resumes(stage, precision) for precision in ("fp32", "bf16")},
+        "resumes": resumes(stage, "fp32") and (stage > 0 or resumes(stage, "bf16")),  # plain torch, and DeepSpeed's
         "curve": curve(stage),
     }

@@ -14,6 +14,7 @@ from distill.corpus.masking import NONE
 from distill.hooks import Part, taking_part
 from distill.objectives import scored
 from distill.taps import Trace, trace
+from growth.errors import UserError
 
 PROBE = 16  # tokens a row are enough to see which parameters a loss reaches
 HELDOUT_ROWS = 256  # of a curve: a few thousand scored tokens, a standard error of some hundredths of a nat
@@ -107,7 +108,10 @@ def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data, parts: Sequ
     lesson.to(data.device)
     names = list(lesson.objectives)
     for part in parts or (None,):
-        sum(lesson(batch, targets(batch, names), names, part).values()).backward()
+        total = sum(lesson(batch, targets(batch, names), names, part).values())
+        if not total.requires_grad:
+            raise UserError("no loss reaches anything that is trained: the hooks freeze too much")
+        total.backward()
     unreached = [name for name, p in lesson.named_parameters() if p.grad is None]
     for name, p in lesson.named_parameters():
         p.grad = None

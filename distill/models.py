@@ -24,6 +24,7 @@ from distill.sources import resolve, weights_sha256
 from growth import checkpoint as reading
 from growth import files
 from growth.errors import UserError
+from growth.families import FAMILIES
 from growth.writer import CARRIED, LINEAGE
 
 __all__ = ["Facts", "export", "facts", "freeze", "fresh", "load", "resolve", "seed_checkpoint", "weights_sha256"]
@@ -47,9 +48,9 @@ class Facts:
     causal: bool
     positions: int | None  # tokens that a row may have; None where positions are computed, without a table
     parameters: int  # of the class that config.json names; tied ones count once
-    blocks: tuple[int, ...]  # parameters of each block
-    body: int  # parameters of the base model without the table of tokens, which is only looked up
-    head: int  # parameters that a language-model head multiplies with, a tied table too; 0 where there is none
+    blocks: tuple[int, ...]  # parameters that a token is multiplied with: of each block,
+    body: int  # of the base model without the table of tokens, which is only looked up,
+    head: int  # of the language-model head with a table it shares; 0 where there is none
 
 
 def facts(source) -> Facts:
@@ -76,21 +77,30 @@ def facts(source) -> Facts:
         causal=loading.causal(config),
         positions=layout.longest(config),
         parameters=_size(loading.skeleton(whole, config, {}) if whole else base),
-        blocks=tuple(_size(block) for block in taps.blocks(base)),
+        blocks=tuple(_taking_part(block, config) for block in taps.blocks(base)),
         body=body,
         head=head,
     )
 
 
 def _multiplied(config, base: nn.Module) -> tuple[int, int]:
-    """(parameters of the body without the table of tokens, of the head with it where they share it)."""
+    """(what a token is multiplied with in the body, in the head; a table that they share is the head's)."""
     kinds = loading.headed(type(config))
-    if not kinds:
-        return _size(base) - base.get_input_embeddings().weight.numel(), 0
-    model = loading.skeleton(next(iter(kinds.values())), config, {})
+    model = loading.skeleton(next(iter(kinds.values())), config, {}) if kinds else base
     body, table = model.base_model, model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is table
-    return _size(body) - table.numel(), _size(model) - _size(body) + (table.numel() if tied else 0)
+    tied = model is not base and model.get_output_embeddings().weight is table
+    taking_part = _taking_part(body, config)
+    return taking_part - table.numel(), _taking_part(model, config) - taking_part + (table.numel() if tied else 0)
+
+
+def _taking_part(module: nn.Module, config) -> int:
+    """Parameters, of a layer's experts as many as a token is sent to; in memory they are one tensor with three axes."""
+    family = FAMILIES.get(config.model_type)
+    experts = family.sizes_of(config.to_dict()).get("experts") if family else None
+    if not experts:
+        return _size(module)
+    return sum(p.numel() * config.num_experts_per_tok // experts if p.dim() == 3 else p.numel()
+               for p in module.parameters())  # fmt: skip
 
 
 def _size(module: nn.Module) -> int:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from distill import extent, hooks, models, recipe
 from distill.cost import Cost
 from distill.hooks import Freeze, Part, Submodel
-from distill.lesson import Data
+from distill.lesson import Data, Lesson, Targets, freeze_unreachable
 from distill.objectives import OBJECTIVES
 from distill.taps import trace
 from growth.errors import UsageError, UserError
@@ -118,6 +118,22 @@ def test_named_layers_and_tables_are_frozen(tmp_path):
     assert Freeze(layers=[4]).check(models.facts(tiny.config("bert")), []) == ["no layer 4: the student has 0 to 3"]
 
 
+class Fixed:
+    device = torch.device("cpu")
+
+    def __call__(self, step):
+        return [tiny.batch([[9]], 9)]
+
+
+def test_when_nothing_trained_reaches_a_loss_it_is_said(tmp_path):
+    lesson = Lesson(tiny.model("bert"), {"kl": OBJECTIVES["relation_kl"](target="t", heads=6, student_layer=1)})
+    (tmp_path / "growth.json").write_text(json.dumps({"new": {"layers": [3]}}))
+    Freeze(train="new").prepare(lesson.student, tmp_path)
+    targets = Targets({"t": models.freeze(tiny.model("bert", seed=1))}, lesson.objectives)
+    with pytest.raises(UserError, match="the hooks freeze too much"):
+        freeze_unreachable(lesson, targets, Fixed())
+
+
 # What it costs
 
 
@@ -129,6 +145,15 @@ def test_a_table_counts_where_it_multiplies(family, tied):
     every = sum(p.numel() for p in model.parameters())
     assert found.body + found.head == every - (0 if tied else tiny.VOCAB * tiny.HIDDEN)
     assert found.body == sum(p.numel() for p in model.base_model.parameters()) - tiny.VOCAB * tiny.HIDDEN
+
+
+def test_of_experts_those_count_that_a_token_is_sent_to():
+    sizes = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
+             "num_attention_heads": 6, "num_key_value_heads": 3, "num_local_experts": 5}  # fmt: skip
+    two, three = (models.facts({"model_type": "mixtral", **sizes, "num_experts_per_tok": n}) for n in (2, 3))
+    expert = 3 * 48 * 40
+    assert three.body - two.body == 2 * expert and three.blocks[0] - two.blocks[0] == expert
+    assert three.head == two.head == 61 * 48
 
 
 def test_a_submodel_costs_its_forward_pass_and_twice_what_it_updates():

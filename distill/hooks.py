@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
@@ -155,7 +156,8 @@ def drawn(parts: Sequence[Part], seed: int, step: int) -> Part | None:
     return parts[int(order.raw(1, seed, order.PART, step)[0]) % len(parts)] if parts else None
 
 
-def updates(parts: Sequence[Part], seed: int, steps: int, updated: frozenset[Part] | None) -> int:
+@cache  # asked for every parameter, and a long run has many steps
+def updates(parts: tuple[Part, ...], seed: int, steps: int, updated: frozenset[Part] | None) -> int:
     """How many of the first `steps` steps updated what is updated in these parts (None: in all)."""
     return steps if updated is None else sum(drawn(parts, seed, step) in updated for step in range(steps))
 

@@ -21,6 +21,7 @@ MOST = 20_000  # values, aliases expanded: 100 times the longest honest recipe, 
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MERGE, TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+LINE_ENDS = set("\x85\u2028\u2029")  # to YAML; between single quotes they would be read as blanks
 EXPONENT = re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+")
 INTEGER = re.compile(r"[-+]?(0|[1-9][\d_]{,300})")
 DECIMAL = re.compile(r"[-+]?(\d[\d_]{,300}\.\d*|\d?\.\d+)")
@@ -221,7 +222,8 @@ def _write_float(writer: _Writer, value: float) -> yaml.Node:
 
 
 def _write_text(writer: _Writer, value: str) -> yaml.Node:
-    return writer.represent_scalar(TEXT, value, style="'" if EXPONENT.fullmatch(value) else None)
+    style = '"' if LINE_ENDS & set(value) else "'" if EXPONENT.fullmatch(value) else None
+    return writer.represent_scalar(TEXT, value, style=style)
 
 
 _Writer.add_representer(float, _write_float)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill import recipe as recipes
@@ -317,6 +317,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(VALUES)
+@example({"\x85": "\u2028 \x85"})
 def test_what_is_written_is_read_back(value):
     document = strict_yaml.parse(strict_yaml.dump({"key": value}).encode())
     assert document.value == {"key": value} and not document.mistakes

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def launch(script: str, *arguments, ranks: int = 1, timeout: float = 100, check: bool = True, **environment) -> list:
+def launch(script: str, *arguments, ranks: int = 1, timeout: float = 250, check: bool = True, **environment) -> list:
     """The last line of stdout of every rank, parsed; a rank that fails fails the test with its stderr."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-W", "ignore", str(HERE / script), *map(str, arguments)]

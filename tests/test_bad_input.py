@@ -184,7 +184,7 @@ def test_names_with_and_without_the_prefix_are_one_model(damaged, whole, tmp_pat
         ("cut --vocab -1", "-1 of vocab cannot be kept"),
     ],
 )
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(30)
 def test_what_cannot_be_asked_for_is_refused_at_once(whole, tmp_path, asked, said):
     command, *options = asked.split()
     first = [options.pop(0).format(src=whole)] if "{src}" in asked else []

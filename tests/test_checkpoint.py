@@ -281,7 +281,7 @@ def test_the_links_of_the_hugging_face_cache_are_followed(whole, tmp_path):
     assert len(growth.open(snapshot)) == 3
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_pipes_and_devices_are_refused_without_opening_them(whole, name):
     (whole / name).unlink()

@@ -232,7 +232,7 @@ def test_a_kill_in_the_middle_leaves_no_model_and_the_run_goes_on(place):
     load(changed=only)
     command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "tall.yaml", "--out", "out"]
     broken = os.environ | {"FAULT": "commit.before_rename:kill:2", "OMP_NUM_THREADS": "1"}  # in the second operator
-    killed = subprocess.run(command, env=broken, timeout=60)
+    killed = subprocess.run(command, env=broken, timeout=120)
     left = sorted(path.name for path in (place / "out" / "grown").iterdir())
     assert killed.returncode == -9 and left == ["model.growing", "stage.json"]
     assert run(changed=only) == ["grown"]

@@ -26,7 +26,7 @@ def ended(request, tmp_path_factory) -> tuple[str, Path]:
     command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", request.param, *SMALL, *steps, *often]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--out", "run"], cwd=place, env=environment, capture_output=True, text=True, timeout=140
+        [*command, "--out", "run"], cwd=place, env=environment, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr
     return request.param, place / "run"

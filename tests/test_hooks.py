@@ -315,7 +315,7 @@ def test_a_run_counts_what_ran_and_its_twin_gets_as_much(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(RUN, sort_keys=False))
     command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "r.yaml", "--out", "out"]
     ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                           text=True, timeout=140)  # fmt: skip
+                           text=True, timeout=250)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     parts, full, twin = (json.loads((tmp_path / f"out/{s}/stage.json").read_text())["metrics"] for s in
                          ("parts", "full", "twin"))  # fmt: skip

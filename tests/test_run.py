@@ -64,7 +64,7 @@ def place(tmp_path_factory) -> Path:
 def run(place: Path, out: str, *more: str, fault: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "small.yaml", "--out", out, *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
 
 
 def weights(place: Path, out: str) -> dict[str, str]:
@@ -151,6 +151,6 @@ def test_when_a_rank_is_killed_the_other_ends_with_a_line(place):
         time.sleep(0.05)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    said = started.communicate(timeout=30)[1]
+    said = started.communicate(timeout=90)[1]
     assert started.returncode == 137 and "error: rank 1 was ended by SIGKILL" in said
     assert "Traceback" not in said and "Warning" not in said

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from distill import world
 from growth.console import Commands
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -109,5 +110,13 @@ def report(directory: Path) -> None:
     rebuild(directory)
 
 
+def program() -> None:
+    """The command: `main`, and an end that nothing can spoil."""
+    try:
+        main(prog_name="distill")
+    except SystemExit as end:
+        world.leave_at_once(end)
+
+
 if __name__ == "__main__":
-    main(prog_name="distill")
+    program()

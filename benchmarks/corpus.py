@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from distill import corpus, sources
-from distill.recipe import CorpusSpec, ModelSpec
+from distill.specs import CorpusSpec, ModelSpec
 from growth.console import table
 
 

@@ -27,7 +27,8 @@ from statistics import mean, stdev
 from distill import recipe as recipes
 from distill import strict_yaml
 from distill.evaluate import machine, role
-from distill.recipe import Recipe, Stage
+from distill.kinds import Stage
+from distill.recipe import Recipe
 from distill.report import savings
 from distill.report.curves import race
 from distill.report.savings import Runner

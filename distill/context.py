@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import sources, world
-from distill.recipe import Recipe, Stage
+from distill.kinds import Stage
+from distill.recipe import Recipe
 from growth.errors import UserError
 from growth.files import read_json
 
@@ -24,6 +25,12 @@ def _grow(*arguments) -> dict:
     from distill.growing import grow
 
     return grow(*arguments)
+
+
+def _refine(*arguments) -> dict:
+    from distill.refining import refine
+
+    return refine(*arguments)
 
 
 def _evaluate(spec, contexts, directory) -> list:
@@ -62,6 +69,7 @@ class Work:
 
     train: Callable = _train
     grow: Callable = _grow
+    refine: Callable = _refine
     evaluate: Callable = _evaluate
     report: Callable = _report
     prepare: Callable = _prepare
@@ -81,7 +89,7 @@ class Context:
     found: dict[str, Path] = field(default_factory=dict)  # models and corpora at hand, shared by all seeds
 
     def directory(self, stage: str) -> Path:
-        fanned = self.recipe.seeds > 1 and self.recipe.stage(stage).makes_a_model
+        fanned = self.recipe.seeds > 1 and self.recipe.stage(stage).fanned
         return self.out / (f"{stage}@{self.seed}" if fanned else stage)
 
     def model(self, reference: str) -> Path:
@@ -89,7 +97,14 @@ class Context:
         if reference in self.recipe.models:
             return self._model(reference)
         stage, _, start = reference.partition(".")
-        path = self.directory(stage) / ("start" if start else "model")
+        return self._made(stage, "start" if start else "model")
+
+    def scores(self, stage: str) -> Path:
+        """What a data stage has measured of rows."""
+        return self._made(stage, "scores")
+
+    def _made(self, stage: str, what: str) -> Path:
+        path = self.directory(stage) / what
         if not path.is_dir():
             raise UserError(f"{path} is not there; `--from {stage}` makes it again")
         return path
@@ -105,6 +120,8 @@ class Context:
 
     def corpus(self, name: str) -> Path:
         """The directory of a prepared corpus; prepared on first use, on every rank at once or on one alone."""
+        if name not in self.recipe.corpora:
+            return self._made(name, "corpus")
         key, path = f"corpora/{name}", self.out / "corpora" / name
         if key not in self.found:
             spec = self.recipe.corpora[name]

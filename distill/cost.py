@@ -17,8 +17,9 @@ from distill import hooks
 from distill.hooks import Part
 
 if TYPE_CHECKING:
+    from distill.kinds import Stage, TrainSpec
     from distill.models import Facts
-    from distill.recipe import Recipe, Stage, TrainSpec
+    from distill.recipe import Recipe
 
 
 def working(facts: Facts, head: bool) -> int:
@@ -32,8 +33,8 @@ class Cost:
 
     student: Facts
     head: bool  # whether an objective runs the student's head
-    teachers: Mapping[str, Facts]
-    headed: frozenset[str]  # the teachers whose heads run as well
+    teachers: Mapping[str, tuple[Facts, ...]]  # the models that run for each target
+    headed: frozenset[str]  # the targets whose heads run as well
     tokens: int  # places of one step: rows x length
     parts: tuple[Part, ...] = ()  # what of the student may take part, each as often; (): all of it
 
@@ -52,10 +53,11 @@ class Cost:
 
     def teaching(self, targets: Iterable[str]) -> int:
         """FLOPs of one forward pass of each of these."""
-        return sum(2 * working(self.teachers[name], name in self.headed) for name in targets) * self.tokens
+        running = [(facts, name in self.headed) for name in targets for facts in self.teachers[name]]
+        return sum(2 * working(facts, head) for facts, head in running) * self.tokens
 
 
-def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, Facts], length: int) -> Cost:
+def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts, ...]], length: int) -> Cost:
     """Of a train stage on rows of this length."""
     objectives = [objective for _, objective in spec.objectives()]
     return Cost(

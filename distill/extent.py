@@ -13,7 +13,7 @@ from growth.errors import UserError
 if TYPE_CHECKING:
     from distill.context import Context
     from distill.corpus.store import Corpus
-    from distill.recipe import Stage, TrainSpec
+    from distill.kinds import Stage, TrainSpec
 
 WORDS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs"}
 

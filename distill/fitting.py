@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from distill.corpus import tokens
-from distill.recipe import Stage
+from distill.kinds import Stage
 
 BROUGHT = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -16,7 +16,7 @@ class Text:
     """What is known of a corpus before it is prepared."""
 
     def __init__(self, name: str, planned):
-        self.name, self.planned, self.spec = name, planned, planned.recipe.corpora[name]
+        self.name, self.planned, self.spec = name, planned, planned.recipe.text(name)
 
     @cached_property
     def tokenizer(self):
@@ -47,7 +47,7 @@ def too_long(text: Text, who: str, facts) -> Iterator[str]:
 
 def _learned(stage: Stage) -> Iterator[str]:
     """The models whose weights are used."""
-    yield from (target.from_ for target in stage.train.targets.values())
+    yield from (reference for target in stage.train.targets.values() for reference in target.models)
     yield from [stage.origin] if stage.origin else []
 
 

@@ -15,9 +15,11 @@ import click
 
 from distill import stages
 from distill.context import Context
-from distill.cost import as_much_as, steps_for
+from distill.cost import Cost, as_much_as, steps_for
+from distill.kinds import Stage
 from distill.preflight import Planned, check
-from distill.recipe import EngineSpec, Recipe, Stage
+from distill.recipe import Recipe
+from distill.specs import EngineSpec
 from growth.console import count, seconds, size, table
 from growth.files import read_json
 
@@ -103,7 +105,7 @@ def forecast(stage: Stage, planned: Planned, ranks: int) -> Forecast:
         flops=_times(steps, cost.mean),
         flops_before=as_much_as(recipe, stage.origin, lambda s: _amount(s, planned, "flops")),
         teacher_flops=_times(steps, cost.teaching(cost.teachers)),
-        memory=memory(student, list(cost.teachers.values()), recipe.engine, spec, cost.tokens, ranks),
+        memory=memory(student, cost, recipe.engine, spec, ranks),
         disk=disk(student.parameters, spec),
     )
 
@@ -135,6 +137,8 @@ def _steps(stage: Stage, planned: Planned) -> tuple[int | None, bool]:
 
 def corpus_tokens(planned: Planned, name: str) -> tuple[float | None, bool]:
     """(tokens of all training rows, whether counted): from the prepared corpus, or the size of its text."""
+    if name not in planned.recipe.corpora:
+        return None, False  # a data stage decides
     manifest = planned.context.out / "corpora" / name / "manifest.json"
     spec = planned.recipe.corpora[name]
     if manifest.exists():
@@ -152,12 +156,13 @@ def _text_bytes(source: str) -> int | None:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else None
 
 
-def memory(student, teachers: list, engine: EngineSpec, spec, row: int, ranks: int) -> dict[str, float]:
+def memory(student, cost: Cost, engine: EngineSpec, spec, ranks: int) -> dict[str, float]:
     """Bytes of one rank, by what they hold; each ZeRO stage cuts one more thing by the number of ranks."""
     n, narrow = student.parameters, 4 if engine.precision == "fp32" else 2
     share = [ranks if engine.zero >= stage else 1 for stage in (1, 2, 3)]
     master = 0 if engine.precision == "fp32" and engine.zero == 0 else 4
-    tokens = engine.micro_batch * row // spec.optim.batch if engine.micro_batch else row // ranks
+    tokens = engine.micro_batch * cost.tokens // spec.optim.batch if engine.micro_batch else cost.tokens // ranks
+    teachers = [facts for several in cost.teachers.values() for facts in several]
     return {
         "optimizer": n * (master + 8) / share[0],
         "gradients": n * narrow / share[1],

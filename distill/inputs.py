@@ -10,7 +10,7 @@ from typing import Any
 
 from distill import sources
 from distill.context import MANIFEST, Context, Task
-from distill.recipe import NO_INPUT
+from distill.kinds import NO_INPUT
 from distill.references import references
 from growth.files import digest, read_json, sha256
 
@@ -21,7 +21,7 @@ def inputs_of(task: Task) -> dict[str, Any]:
     """{dotted key: value} of all that decides what a stage makes: its recipe, seed, models, corpora, earlier stages."""
     spec = task.spec.model_dump(mode="json", by_alias=True)
     inputs = dict(_flat({key: value for key, value in spec.items() if key not in NO_INPUT}))
-    if task.stage.makes_a_model:
+    if task.stage.fanned:
         inputs["seed"] = task.contexts[0].seed
     if task.stage.kind == "train" and task.spec.stop.like:
         inputs["equal"] = task.contexts[0].recipe.equal
@@ -34,7 +34,7 @@ def inputs_of(task: Task) -> dict[str, Any]:
 def _made_from(kind: str, name: str, context: Context) -> dict[str, str]:
     if kind == "corpus":
         return {f"corpora.{name}": read_json(context.corpus(name) / "manifest.json")["digest"]}
-    if kind not in ("source", "trained"):
+    if kind not in ("source", "trained", "scored"):
         return {}
     if name in context.recipe.models:
         return {f"models.{name}": _identity(name, context)}

@@ -10,6 +10,7 @@ from distill.hooks import HOOKS
 from distill.objectives import OBJECTIVES
 from distill.operators import OPERATORS
 from distill.recipe import packaged
+from distill.refine import OPS
 from growth.console import table
 
 SOURCES = {
@@ -26,6 +27,7 @@ def show() -> None:
     table(["recipe", "about"], [(name, _about(file)) for name, file in packaged().items()])
     table(["objective", "about"], [(name, _first_line(kind)) for name, kind in OBJECTIVES.items()])
     table(["operator", "about"], [(name, _first_line(kind)) for name, kind in OPERATORS.items()])
+    table(["data operation", "about"], [(name, _first_line(kind)) for name, kind in OPS.items()])
     table(["hook", "about"], [(name, _first_line(kind)) for name, kind in HOOKS.items()])
     table(["metric", "about"], [(name, _first_line(type(metric))) for name, metric in METRICS.items()])
     table(["source", "about"], list(SOURCES.items()))

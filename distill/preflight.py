@@ -13,8 +13,10 @@ from typing import Any
 import growth
 from distill import fitting, growing, world
 from distill.cost import Cost, cost_of
+from distill.kinds import CutSpec, OptimSpec, Stage, StudentSpec
 from distill.operators import Cut, Given
-from distill.recipe import CutSpec, EngineSpec, OptimSpec, Recipe, Stage, StudentSpec
+from distill.recipe import Recipe
+from distill.specs import EngineSpec
 from growth import files
 from growth.anatomy import dissect
 from growth.errors import UsageError, UserError
@@ -88,9 +90,12 @@ class Planned:
 
     def cost(self, stage: Stage) -> Cost:
         """What a step of a train stage costs."""
-        teachers = {name: self.facts(target.from_) for name, target in stage.train.targets.items()}
-        length = self.recipe.corpora[stage.train.corpus].length
-        return cost_of(stage.train, self.student_facts(stage.id), teachers, length)
+        length = self.recipe.text(stage.train.corpus).length
+        return cost_of(stage.train, self.student_facts(stage.id), self.teachers(stage), length)
+
+    def teachers(self, stage: Stage) -> dict[str, tuple]:
+        """{target: facts of the models that run for it}."""
+        return {name: tuple(map(self.facts, target.models)) for name, target in stage.train.targets.items()}
 
     def _measure(self, config: dict[str, Any]):
         """Each different config is built once, on the meta device."""
@@ -125,6 +130,8 @@ def _of_stage(stage: Stage, planned: Planned, ranks: int) -> list[str]:
     try:
         if stage.grow:
             return _of_growth(stage, planned)
+        if stage.data:
+            return list(_of_data(stage, planned))
         return _of_training(stage, planned, ranks) if stage.train else _of_evaluation(stage, planned)
     except Said:
         return []
@@ -139,18 +146,27 @@ def _of_growth(stage: Stage, planned: Planned) -> list[str]:
     return []
 
 
+def _of_data(stage: Stage, planned: Planned) -> Iterator[str]:
+    for name, op in stage.data.operations():
+        text = fitting.Text(stage.data.from_, planned)
+        yield from (f"stages.{stage.id}.data.{name}: {what}" for what in op.check(planned, text))
+
+
 def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
     try:
         student = planned.student_facts(stage.id)
-        targets = {name: planned.facts(target.from_) for name, target in stage.train.targets.items()}
+        teachers = planned.teachers(stage)
     except UserError as error:
         return [f"stages.{stage.id}.train.student: {error}"]
     losses = [
         f"stages.{stage.id}.train.loss.{i}.{name}: {what}"
         for i, (name, objective) in enumerate(stage.train.objectives())
-        for what in objective.check(student, targets.get(objective.target))
+        for facts in (teachers[objective.target] if objective.target else (None,))
+        for what in objective.check(student, facts)
     ]
-    models = {"the student": student, **{f"target {name}": facts for name, facts in targets.items()}}
+    models = {"the student": student} | {
+        f"target {name}": facts for name, several in teachers.items() for facts in several
+    }
     own = [*_of_batch(stage, planned, ranks), *_of_hooks(stage, student), *_of_curve(stage, planned)]
     rest = [*own, *fitting.of_training(stage, planned, models)]
     return [*losses, *(f"stages.{stage.id}.train: {what}" for what in rest)]
@@ -171,7 +187,7 @@ def _of_hooks(stage: Stage, student) -> Iterator[str]:
 
 def _of_curve(stage: Stage, planned: Planned) -> Iterator[str]:
     name = stage.train.corpus
-    if stage.train.evaluate_every and not planned.recipe.corpora[name].heldout:
+    if stage.train.evaluate_every and not planned.recipe.text(name).heldout:
         yield f"evaluate_every: nothing of corpora.{name} is held out; set its `heldout`"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from distill.refine import OPS
 from distill.strict_yaml import Mistake, Path
 from growth.errors import did_you_mean
 
@@ -21,7 +22,16 @@ REFERENCES = {
     "stages.*.train.data.after": "trained",
     "stages.*.train.stop.like": "trained",
     "stages.*.train.targets.*.from": "source",
+    "stages.*.train.targets.*.ensemble.*": "source",
+    "stages.*.train.targets.*.cache": "scored",
     "stages.*.train.loss.*.*.target": "target",
+    "stages.*.data.from": "corpus",
+    "stages.*.data.ops.*.score.teacher": "source",
+    "stages.*.data.ops.*.score.reference": "source",
+    "stages.*.data.ops.*.select.by": "scored",
+    "stages.*.data.ops.*.retokenize.to": "source",
+    "stages.*.data.ops.*.label.teacher": "source",
+    "stages.*.data.ops.*.cache.teacher": "source",
     "stages.*.grow.from": "source",
     "stages.*.grow.ops.*.merge.with.*": "source",
     "stages.*.grow.ops.*.merge.base": "source",
@@ -36,6 +46,7 @@ SAID = {
     "model": "model",
     "source": "model or earlier stage",
     "corpus": "corpus",
+    "scored": "earlier data stage with scores",
     "target": "target",
     "trained": "earlier train stage",
 }
@@ -115,18 +126,31 @@ def _unknown(recipe: dict, stages: list[dict], path: Path, kind: str, name: str)
 
 
 def _known(recipe: dict, stages: list[dict], path: Path, kind: str) -> list[str]:
+    earlier = stages[: path[1]] if path[0] == "stages" else []
     if kind == "corpus":
-        return list(_dict(recipe, "corpora"))
+        return [*_dict(recipe, "corpora"), *_refined(earlier, "corpus")]
+    if kind == "scored":
+        return _refined(earlier, "scores")
     models = list(_dict(recipe, "models"))
     if kind == "model":
         return models
     if kind == "target":
         return list(_dict(stages[path[1]].get("train"), "targets"))
-    trained = [str(s.get("id")) for s in stages[: path[1]] if "train" in s]
+    trained = [str(s.get("id")) for s in earlier if "train" in s]
     if kind == "trained":
         return trained
-    made = [str(s.get("id")) for s in stages[: path[1]] if MAKE_MODELS & s.keys()]
+    made = [str(s.get("id")) for s in earlier if MAKE_MODELS & s.keys()]
     return list(dict.fromkeys([*models, *made, *(f"{stage}.start" for stage in trained)]))
+
+
+def _refined(stages: list[dict], makes: str) -> list[str]:
+    """Data stages that make a corpus, or scores."""
+    return [str(stage.get("id")) for stage in stages if "data" in stage and _makes(stage) == makes]
+
+
+def _makes(stage: dict) -> str:
+    ops = [name for op in _list(_dict(stage, "data"), "ops") if isinstance(op, dict) for name in op]
+    return next((OPS[name].makes for name in ops if name in OPS and OPS[name].makes == "scores"), "corpus")
 
 
 def _ids(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:
@@ -136,8 +160,9 @@ def _ids(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:
             continue
         if name in ids[:i]:
             yield Mistake(("stages", i, "id"), f"two stages are called {name!r}")
-        if name in _dict(recipe, "models"):
-            yield Mistake(("stages", i, "id"), f"{name!r} is a model already; a name means one thing")
+        if kind := next((kind for kind in ("models", "corpora") if name in _dict(recipe, kind)), None):
+            what = {"models": "model", "corpora": "corpus"}[kind]
+            yield Mistake(("stages", i, "id"), f"{name!r} is a {what} already; a name means one thing")
         if name in RESERVED:
             yield Mistake(("stages", i, "id"), f"{name!r} is a directory of every run; choose another name")
 

@@ -52,7 +52,7 @@ def run(
 
 def _tasks(recipe: Recipe, contexts: tuple[Context, ...]) -> Iterator[Task]:
     for stage in recipe.stages:
-        fanned = [(context,) for context in contexts] if stage.makes_a_model else [contexts]
+        fanned = [(context,) for context in contexts] if stage.fanned else [contexts]
         yield from (Task(stage, several) for several in fanned)
 
 
@@ -138,15 +138,14 @@ def _foresee(task: Task, work: Work) -> None:
 
 
 def _prepare(task: Task) -> None:
-    """Its text, where it reads any."""
-    if task.spec.corpus is not None:
+    """Its text, where it reads any; what a data stage makes is there when that is done."""
+    if task.spec.corpus in task.contexts[0].recipe.corpora:
         task.contexts[0].corpus(task.spec.corpus)
 
 
 def _lost(task: Task) -> str | None:
-    """What a finished stage that makes a model should have and has no more."""
-    left = {"train": ("start", "model"), "grow": ("model",)}.get(task.stage.kind, ())
-    return next((name for name in left if not (task.directory / name).is_dir()), None)
+    """What a finished stage should have and has no more."""
+    return next((name for name in task.stage.makes if not (task.directory / name).is_dir()), None)
 
 
 def _is_done(task: Task) -> bool:
@@ -185,6 +184,8 @@ def _do(task: Task, tasks: list[Task], work: Work) -> None:
     began = time.perf_counter()
     if task.stage.kind == "train":
         metrics = work.train(task.spec, task.contexts[0], task.directory)
+    elif task.stage.kind == "data":
+        metrics = work.refine(task.spec, task.contexts[0], task.directory)
     elif task.stage.kind == "grow":
         metrics = world.first(lambda: work.grow(task.spec, task.contexts[0], task.directory))
     else:

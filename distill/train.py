@@ -18,9 +18,9 @@ from torch import nn
 from distill import corpus, extent, hooks, layout, models, snapshot, sources, world
 from distill.cost import Cost, as_much_as, cost_of
 from distill.engine import Engine, NonFinite
+from distill.kinds import NO_INPUT
 from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, Targets, freeze_unreachable, named_losses
 from distill.preflight import micro_batch
-from distill.recipe import NO_INPUT
 from distill.schedules import Progress
 from growth import console
 from growth.console import count
@@ -97,7 +97,8 @@ class Stage:
         return models.freeze(model).to(world.device())
 
     def _cost(self) -> Cost:
-        teachers = {name: models.facts(self.context.model(t.from_)) for name, t in self.spec.targets.items()}
+        facts = lambda reference: models.facts(self.context.model(reference))  # noqa: E731
+        teachers = {name: tuple(map(facts, target.models)) for name, target in self.spec.targets.items()}
         return cost_of(self.spec, models.facts(self.start), teachers, self.corpus.length)
 
     def _data(self) -> Data:
@@ -154,7 +155,9 @@ class Stage:
             "seed": self.context.seed,
             "student_digest": sources.weights_sha256(self.start),
             "teacher_digests": {
-                name: sources.weights_sha256(self.context.model(t.from_)) for name, t in self.spec.targets.items()
+                reference: sources.weights_sha256(self.context.model(reference))
+                for target in self.spec.targets.values()
+                for reference in target.models
             },
             "corpus_digest": self.corpus.digest,
             "offset": self.offset,

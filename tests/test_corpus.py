@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from distill import corpus
 from distill.corpus import documents, local, packing, sources, stdlib, streams, synthetic, tokens, vocabulary
-from distill.recipe import CorpusSpec, NewTokenizer
+from distill.specs import CorpusSpec, NewTokenizer
 from growth.errors import UserError
 
 LENGTH = 40
@@ -630,7 +630,7 @@ FILLING = """
 import os, resource, sys
 from pathlib import Path
 from distill import corpus
-from distill.recipe import CorpusSpec
+from distill.specs import CorpusSpec
 from growth.errors import UserError
 source, tokenizer, out = sys.argv[1:]
 spec = CorpusSpec(source=source, tokenizer="t", length=40, heldout=0.2)

@@ -20,7 +20,8 @@ from distill.evaluate import RESULT, bench, role
 from distill.evaluate.agreement import agreement, cosines, spearman
 from distill.evaluate.encode import encode
 from distill.evaluate.probe import correct, fit
-from distill.recipe import CorpusSpec, EvaluateSpec
+from distill.kinds import EvaluateSpec
+from distill.specs import CorpusSpec
 from growth.errors import UserError
 
 PARTS = ("alpha", "beta", "gamma")

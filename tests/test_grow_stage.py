@@ -19,8 +19,8 @@ import growth
 from distill import corpus, growing, models, preflight, stages
 from distill import recipe as recipes
 from distill.context import Context
+from distill.kinds import GrowthSpec, StudentSpec
 from distill.operators import LEARNED, OPERATORS, Given
-from distill.recipe import StudentSpec
 from growth.errors import UsageError, UserError
 from growth.sizes import Sizes
 
@@ -129,7 +129,7 @@ def test_operators_in_a_row_are_the_commands_in_a_row(place):
 
 
 def test_what_is_new_is_followed_through_later_operators(place):
-    ops = recipes.GrowthSpec(
+    ops = GrowthSpec(
         **{"from": "small", "ops": [{"stack": {}}, {"cut": {"layers": [0, 2, 5, 7]}}, {"insert": {"after": [0]}}]}
     ).operators()
     growing.apply(ops, Path("small"), Path("made"), Given(0, Path))
@@ -153,7 +153,7 @@ def test_every_operator_is_applied_as_it_is_planned(place):
     planned = preflight.Planned(read, Context(read, Path("out"), 0))
     corpus.prepare(read.corpora["text"], Path("small"), Path("text"))
     for name, fields in asked.items():
-        spec = recipes.GrowthSpec(**{"from": "small", "ops": [{name: fields}]})
+        spec = GrowthSpec(**{"from": "small", "ops": [{name: fields}]})
         growing.apply(spec.operators(), Path("small"), Path(name), Given(0, Path, lambda: Path("text")))
         plan = planned.grown(spec)
         assert plan.num_parameters() == models.load(Path(name), "causal").num_parameters(), name

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distill import models, sources
-from distill.recipe import StudentSpec
+from distill.kinds import StudentSpec
 from distill.taps import Tap, trace
 from growth.errors import UserError
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distill import corpus
 from distill.corpus import masking
-from distill.recipe import CorpusSpec
+from distill.specs import CorpusSpec
 
 SEEDS = (0, 1, 2**32, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1)
 LENGTH, WORDS = 32, np.arange(5, tiny.VOCAB)

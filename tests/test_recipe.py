@@ -165,7 +165,7 @@ CHANGES = [
     (
         "- id: twin",
         "- id: twin\n  evaluate: {rows: {a: student}, on: [speed]}",
-        "exactly one of train, grow, evaluate is needed",
+        "exactly one of train, grow, data, evaluate is needed",
     ),
 ]
 

@@ -1,0 +1,277 @@
+"""The kinds of stages: grow, train, data, evaluate. Frozen values whose fields are the keys of a recipe. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from distill.choice import OneOf, one_of
+from distill.evaluate import METRICS
+from distill.hooks import HOOKS, Hook
+from distill.objectives import OBJECTIVES
+from distill.operators import BARE, OPERATORS, Operator
+from distill.refine import OPS, DataOp
+from distill.schedules import Pair, Schedule, Several, Value
+from distill.specs import Name, Positive, Share
+from growth.errors import did_you_mean
+
+# Models
+
+
+class NewSpec(OneOf):
+    """Random weights."""
+
+    config: str | dict[str, Any] | None = Field(None, description="path of a config.json, or its content")
+    like: str | None = Field(None, description="the architecture of a model or stage")
+
+
+class CutSpec(Value):
+    """Some layers of a bigger model."""
+
+    from_: str = Field(alias="from", description="a model or stage")
+    layers: Positive | Annotated[Several[int], Field(min_length=1)] = Field(
+        description="which layers, from 0; or how many, evenly spaced with the last one"
+    )
+
+
+Op = one_of("Op", OPERATORS)
+
+
+def _in_full(op: str | Op) -> Op:
+    return Op(**{op: OPERATORS[op]()}) if isinstance(op, str) else op
+
+
+class GrowthSpec(Value):
+    """A model or stage through operators of `growth`."""
+
+    from_: str = Field(alias="from", description="a model or stage")
+    ops: Annotated[Several[Annotated[Literal[BARE] | Op, AfterValidator(_in_full)]], Field(min_length=1)] = Field(
+        description="operators, one after the other: {name: {argument: value}}, or a name where none is needed"
+    )
+
+    def operators(self) -> list[tuple[str, Operator]]:
+        """(name, operator) in the order of the recipe."""
+        return [op.named() for op in self.ops]
+
+
+class GrowSpec(GrowthSpec):
+    data: str | None = Field(None, description="a corpus, for operators that read text")
+
+    @property
+    def corpus(self) -> str | None:
+        return self.data
+
+    @model_validator(mode="after")
+    def _check_data(self) -> GrowSpec:
+        reader = next((name for name, op in self.operators() if op.reads_text), None)
+        if reader and not self.data:
+            raise ValueError(f"'data' is needed: {reader} reads text")
+        if self.data and not reader:
+            raise ValueError("data: none of these operators reads text")
+        return self
+
+
+class StudentSpec(OneOf):
+    new: NewSpec | None = Field(None, description="random weights: {config: ...} or {like: ...}")
+    from_: str | None = Field(None, alias="from", description="a model or stage, as it is")
+    cut: CutSpec | None = Field(None, description="some layers of a model or stage")
+    grow: GrowthSpec | None = Field(None, description="a model or stage through operators of growth")
+
+    @property
+    def origin(self) -> str | None:
+        """Whose weights it starts with; an architecture alone is no origin."""
+        made = self.cut or self.grow
+        return made.from_ if made else self.from_
+
+
+class TargetSpec(OneOf):
+    """Where teacher values come from: exactly one of from, ensemble, cache, ema."""
+
+    beside = ("combine",)
+
+    from_: str | None = Field(None, alias="from", description="a model or stage, frozen")
+    ensemble: Annotated[Several[str], Field(min_length=2)] | None = Field(
+        None, description="several models or stages, whose distributions are combined"
+    )
+    cache: str | None = Field(None, description="a data stage that kept a teacher's values on disk")
+    ema: Share | None = Field(None, description="the moving average of the student with this decay; ZeRO 0 to 2")
+    combine: Literal["mean_prob", "mean_logprob"] | None = Field(
+        None, description="of an ensemble: mean of probabilities (the default) or of log-probabilities"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        ensemble = isinstance(given, dict) and given.get("ensemble") is not None
+        return {"combine": "mean_prob", **given} if ensemble else given
+
+    @model_validator(mode="after")
+    def _check_combine(self) -> TargetSpec:
+        if self.combine and not self.ensemble:
+            raise ValueError("combine: only an ensemble has several distributions")
+        return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Those that run beside the student."""
+        return self.ensemble or ((self.from_,) if self.from_ else ())
+
+
+class OptimSpec(Value):
+    name: Literal["adamw"] = "adamw"
+    batch: Positive = Field(description="rows of one step, over all ranks")
+    betas: Pair[Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
+
+
+class StopSpec(OneOf):
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    tokens: Positive | None = None
+    like: str | None = Field(
+        None, description="a train stage: as much, in the recipe's `equal`, as it and those it was made from"
+    )
+
+
+Loss, HookSpec = one_of("Loss", OBJECTIVES), one_of("HookSpec", HOOKS)
+
+
+NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
+
+# Stages
+
+
+class Continued(Value):
+    """Rows that an earlier stage has not seen."""
+
+    from_: str = Field(alias="from", description="a corpus")
+    after: str = Field(description="a train stage on that corpus: the stream goes on where it stopped")
+
+
+class TrainSpec(Value):
+    student: StudentSpec = Field(description="exactly one of new, from, cut, grow")
+    data: str | Continued = Field(description="a corpus, or {from: corpus, after: stage}")
+    targets: dict[Name, TargetSpec] = Field({}, description="teachers by the names that losses use")
+    loss: Annotated[Several[Loss], Field(min_length=1)] = Field(description="objectives, added up")
+    optim: OptimSpec
+    lr: Schedule = Field(description="learning rate")
+    stop: StopSpec = Field(description="exactly one of steps, epochs, tokens, like")
+    hooks: Several[HookSpec] = Field((), description="what changes during training")
+    evaluate_every: Positive | None = Field(None, description="steps between held-out losses of `ce`; null: none")
+    save_every: Positive = Field(100, description="steps between snapshots")
+    keep: Positive = Field(1, description="snapshots to keep")
+    dropout: bool = Field(False, description="train the student with the dropout of its config")
+
+    def objectives(self) -> list[tuple[str, Value]]:
+        """(name, objective) in the order of the recipe."""
+        return [loss.named() for loss in self.loss]
+
+    def hook_values(self) -> list[Hook]:
+        return [hook.named()[1] for hook in self.hooks]
+
+    @property
+    def corpus(self) -> str:
+        """Its name."""
+        return self.data if isinstance(self.data, str) else self.data.from_
+
+    @model_validator(mode="after")
+    def _check_hooks(self) -> TrainSpec:
+        names = [hook.named()[0] for hook in self.hooks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"hooks: {twice} stands twice")
+        if self.evaluate_every and not any(name == "ce" for name, _ in self.objectives()):
+            raise ValueError("evaluate_every is the held-out loss of `ce`, which is not among the losses")
+        return self
+
+
+Metric = Literal[tuple(METRICS)]
+
+
+def _with_known_fields(chosen: dict[str, dict]) -> dict[str, dict]:
+    ((name, fields),) = chosen.items()
+    known = [field.name for field in dataclasses.fields(METRICS[name])]
+    strange = next((key for key in fields if key not in known), None)
+    if strange is not None:
+        raise ValueError(
+            f"{name} has no key {strange!r}{did_you_mean(strange, known) or '; known: ' + ', '.join(known)}"
+        )
+    return chosen
+
+
+Chosen = Annotated[dict[Metric, dict[str, Any]], Field(min_length=1, max_length=1), AfterValidator(_with_known_fields)]
+
+
+DataOperation = one_of("DataOperation", OPS)
+
+
+class DataSpec(Value):
+    """A corpus through operations on its rows."""
+
+    from_: str = Field(alias="from", description="a corpus, or a data stage that makes one")
+    ops: Annotated[Several[DataOperation], Field(min_length=1)] = Field(
+        description="operations, one after the other: {name: {argument: value}}"
+    )
+
+    def operations(self) -> list[tuple[str, DataOp]]:
+        """(name, operation) in the order of the recipe."""
+        return [op.named() for op in self.ops]
+
+    @property
+    def corpus(self) -> str:
+        return self.from_
+
+    @property
+    def makes(self) -> Literal["corpus", "scores"]:
+        return self.operations()[-1][1].makes
+
+    @model_validator(mode="after")
+    def _check_alone(self) -> DataSpec:
+        scoring = next((name for name, op in self.operations() if op.makes == "scores"), None)
+        if scoring and len(self.ops) > 1:
+            raise ValueError(f"{scoring} makes scores, not a corpus: it stands alone in its stage")
+        return self
+
+
+class EvaluateSpec(Value):
+    rows: Annotated[dict[str, str], Field(min_length=1)] = Field(description="{label: model, stage or stage.start}")
+    on: Annotated[Several[Metric | Chosen], Field(min_length=1)] = Field(
+        description="what is measured: names, or {name: {field: value}}"
+    )
+    data: str | None = Field(None, description="a corpus; null: the one of the first train stage")
+    teacher: str | None = Field(None, description="whom agreement is with; null: the row named teacher")
+
+    @property
+    def corpus(self) -> str | None:
+        return self.data
+
+
+class Stage(OneOf):
+    id: Name
+    train: TrainSpec | None = None
+    grow: GrowSpec | None = None
+    data: DataSpec | None = None
+    evaluate: EvaluateSpec | None = None
+
+    @property
+    def kind(self) -> Literal["train", "grow", "data", "evaluate"]:
+        return self._given()[0]
+
+    @property
+    def fanned(self) -> bool:
+        """Whether it is done once for every seed."""
+        return self.kind != "evaluate"
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """The directories that it leaves."""
+        made = {"train": ("start", "model"), "grow": ("model",), "evaluate": ()}
+        return (self.data.makes,) if self.data else made[self.kind]
+
+    @property
+    def origin(self) -> str | None:
+        """The model or stage whose weights this stage starts from."""
+        return self.grow.from_ if self.grow else self.train.student.origin if self.train else None

@@ -1,0 +1,65 @@
+"""What a run is given: the engine, models and text. Frozen values whose fields are the keys of a recipe. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from distill import mistakes
+from distill.schedules import Several, Value
+
+Name = Annotated[str, Field(pattern=mistakes.NAME)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class EngineSpec(Value):
+    """How DeepSpeed runs it; nothing here changes what is computed beyond rounding."""
+
+    zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: what is sharded over ranks")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward and backward pass")
+    micro_batch: Positive | None = Field(None, description="rows of one forward pass on one rank; null: all of a step")
+    deepspeed: dict[str, Any] = Field({}, description="passed through to DeepSpeed's configuration")
+
+
+class ModelSpec(Value):
+    """Where weights come from: the first source at hand."""
+
+    from_: Annotated[Several[str], Field(min_length=1)] = Field(
+        alias="from", description="hub id, path or package:NAME/SUBPATH, or a list of them"
+    )
+    revision: str | None = Field(None, description="of a hub repository: branch, tag or commit")
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="to load in; null: as the run asks")
+    sha256: Annotated[str, Field(pattern=mistakes.SHA256)] | None = Field(None, description="of the weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short(cls, given: Any) -> Any:
+        given = {"from": given} if isinstance(given, str | list | tuple) else given
+        if isinstance(given, dict) and isinstance(given.get("from"), str):
+            return {**given, "from": (given["from"],)}
+        return given
+
+
+class TrainTokenizer(Value):
+    vocab: Positive = Field(description="size of the vocabulary to learn")
+    kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+
+
+class NewTokenizer(Value):
+    train: TrainTokenizer
+
+
+class CorpusSpec(Value):
+    """Text, and how it becomes rows of token ids."""
+
+    source: str = Field(description="stdlib, stdlib-code, synthetic, a path or a Hugging Face data set id")
+    tokenizer: str | NewTokenizer = Field(description="a model of the recipe, or {train: {vocab: ..., kind: ...}}")
+    length: Annotated[int, Field(ge=8)] = Field(128, description="tokens in a row")
+    heldout: Share = Field(0.05, description="share of the documents that training never sees")
+    field: str = Field("text", description="the column that holds the text")
+    split: str = Field("train", description="of a Hugging Face data set")
+    revision: str | None = Field(None, description="of a Hugging Face data set")
+    packed: bool = Field(True, description="several whole documents in a row")
+    limit: Positive | None = Field(None, description="read only this many documents")

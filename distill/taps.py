@@ -22,6 +22,7 @@ from distill.heads import Logits
 from growth.errors import UserError, did_you_mean
 
 ROLES = (*IN_ATTENTION, "hidden")
+OUTPUT = Tap("output", -1)  # what the base model hands on: the last hidden states, after a norm behind the blocks
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,18 @@ class Trace:
 def tap(model: nn.Module, taps: Iterable[tuple[str, int]]) -> Iterator[Seen]:
     """Fill the mapping handed out with the tapped tensors of each forward pass of `model` inside the block.
 
-    query [B, Hq, T, d], key and value [B, Hkv, T, d], hidden [B, T, D]. Gradients flow through them. A second forward
-    pass replaces the tensors of the first.
+    query [B, Hq, T, d], key and value [B, Hkv, T, d], hidden and output [B, T, D]. Gradients flow through them. A
+    second forward pass replaces the tensors of the first.
     """
-    base, seen = _base(model), Seen()
-    listeners = _listeners(base, [Tap(*t) for t in taps], seen)
+    base, seen, asked = _base(model), Seen(), [Tap(*t) for t in taps]
+    listeners = _listeners(base, [t for t in asked if t != OUTPUT], seen)
     with ExitStack() as undo:
         for block, listener in listeners.items():
             _attach(block, listener, undo)
         undo.callback(base.register_forward_pre_hook(lambda *_: _begin(seen, listeners.values())).remove)
         undo.callback(base.register_forward_hook(lambda *_: _finish(model, listeners.values())).remove)
+        if OUTPUT in asked:
+            undo.callback(base.register_forward_hook(lambda *run: seen.update({OUTPUT: run[-1][0]})).remove)
         try:
             yield seen
         finally:

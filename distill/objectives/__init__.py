@@ -1,6 +1,6 @@
 """Losses: frozen values for recipes (`OBJECTIVES`), plain functions on tensors for any other loop. No torch.
 
-from distill.objectives import cross_entropy, divergence, relation_kl
+from distill.objectives import cross_entropy, divergence, hidden_mse, relation_kl
 """
 
 from __future__ import annotations
@@ -9,20 +9,32 @@ from importlib import import_module
 
 from distill.objectives.ce import CrossEntropy
 from distill.objectives.distribution import Divergence
+from distill.objectives.hidden import HiddenMSE
 from distill.objectives.protocol import Needs, Objective
 from distill.objectives.relation import RelationKL
 
-OBJECTIVES = {"relation_kl": RelationKL, "ce": CrossEntropy, "divergence": Divergence}
+OBJECTIVES = {"relation_kl": RelationKL, "ce": CrossEntropy, "divergence": Divergence, "hidden_mse": HiddenMSE}
 
 # plain function -> the module that brings torch with it
 FUNCTIONS = {
     "relation_kl": "relation_sum",
     "cross_entropy": "token_sum",
     "divergence": "token_sum",
+    "hidden_mse": "hidden_sum",
     "scored": "token_sum",
 }
 
-__all__ = ["FUNCTIONS", "OBJECTIVES", "CrossEntropy", "Divergence", "Needs", "Objective", "RelationKL", *FUNCTIONS]
+__all__ = [
+    "FUNCTIONS",
+    "OBJECTIVES",
+    "CrossEntropy",
+    "Divergence",
+    "HiddenMSE",
+    "Needs",
+    "Objective",
+    "RelationKL",
+    *FUNCTIONS,
+]
 
 
 def __getattr__(name: str):

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from distill.taps import Tap, Trace
 
 Head = Literal["mlm", "causal"]
+View = Literal["masked", "plain"]
 
 
 class Needs(NamedTuple):
-    """What an objective reads: taps of the student and of its target, which head gives the student's logits, and
-    whether the target's are wanted as well."""
+    """What an objective reads: taps of the student and of its target, which head gives the student's logits,
+    whether the target's are wanted as well, and which view of the row both sides have."""
 
     student: frozenset[Tap] = frozenset()
     target: frozenset[Tap] = frozenset()
     head: Head | None = None
     target_head: bool = False
+    view: View = "masked"
 
 
 class Objective(Protocol):

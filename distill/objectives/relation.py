@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distill.objectives import layers
+from distill.objectives.layers import Layer
 from distill.objectives.protocol import Needs
 from distill.schedules import Schedule, Several, Value
 
 ROLES = {"q": "query", "k": "key", "v": "value"}
 PAIRS = tuple(a + b for a, b in product(ROLES, ROLES))
 Relation = Literal[("attention", *PAIRS)]
-Layer = int | Literal["last"]
 Count = Annotated[int, Field(gt=0)]
 
 # families whose attention is not the softmax of query . key alone
@@ -62,13 +63,13 @@ class RelationKL(Value):
         from distill.taps import Tap
 
         roles = {role for relation in self.relations for role in _roles(relation)}
-        layers = _number(self.student_layer), _number(self.teacher_layer)
-        return Needs(*(frozenset(Tap(role, layer) for role in roles) for layer in layers))
+        sides = layers.number(self.student_layer), layers.number(self.teacher_layer)
+        return Needs(*(frozenset(Tap(role, layer) for role in roles) for layer in sides))
 
     def check(self, student, target) -> list[str]:
         wrong = [
-            *_layer_mistakes("student_layer", self.student_layer, student),
-            *_layer_mistakes("teacher_layer", self.teacher_layer, target),
+            *layers.mistakes("student_layer", self.student_layer, student),
+            *layers.mistakes("teacher_layer", self.teacher_layer, target),
         ]
         if student.causal != target.causal:
             sees = {True: "only the tokens before", False: "all tokens"}
@@ -107,8 +108,8 @@ class RelationKL(Value):
     def _term(self, relation: str, student, target, problems):
         from distill.objectives.relation_sum import relation_sum
 
-        layers = _number(self.teacher_layer), _number(self.student_layer)
-        sides = [_tapped(trace, layer, relation) for trace, layer in zip((target, student), layers, strict=True)]
+        numbers = layers.number(self.teacher_layer), layers.number(self.student_layer)
+        sides = [_tapped(trace, layer, relation) for trace, layer in zip((target, student), numbers, strict=True)]
         own = relation == "attention"
         return relation_sum(
             *sides,
@@ -116,12 +117,8 @@ class RelationKL(Value):
             heads=sides[1][0].shape[1] if own else self.heads_of(relation),
             causal=student.causal,
             reduction=self.reduction,
-            scaling=(target.scaling[layers[0]], student.scaling[layers[1]]) if own else None,
+            scaling=(target.scaling[numbers[0]], student.scaling[numbers[1]]) if own else None,
         )
-
-
-def _number(layer: Layer) -> int:
-    return -1 if layer == "last" else layer
 
 
 def _roles(relation: str) -> tuple[str, str]:
@@ -138,12 +135,6 @@ def _mistake(relations: tuple[str, ...], heads) -> str | None:
     if headed and heads is None:
         return f"heads: how many relation heads {', '.join(headed)} are split into"
     return None
-
-
-def _layer_mistakes(key: str, layer: Layer, facts) -> list[str]:
-    if layer == "last" or -facts.layers <= layer < facts.layers:
-        return []
-    return [f"{key}={layer}: the {facts.family} has {facts.layers} layers, 0 to {facts.layers - 1}"]
 
 
 def _attention_mistakes(_, models: dict) -> list[str]:

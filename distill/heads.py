@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,11 @@ class Logits:
     @property
     def vocabulary(self) -> int:
         return self.hidden.shape[1] if self.weight is None else len(self.weight)
+
+    @property
+    def there(self) -> bool:
+        """Whether the logits are there already, all of them."""
+        return self.weight is None
 
     @property
     def learns(self) -> bool:
@@ -67,6 +75,50 @@ class Logits:
     def whole(self) -> Tensor:
         """All of them [N, V]: for a few rows."""
         return self.finish(self.product(slice(None)))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What several teachers say of the same N rows, as the logarithm of one distribution, made chunk by chunk.
+
+    `mean_prob` is the mean of their probabilities. `mean_logprob` is that of their log-probabilities, brought to one:
+    what one of them rules out is ruled out.
+    """
+
+    members: tuple[Logits, ...]
+    combine: Literal["mean_prob", "mean_logprob"] = "mean_prob"
+    there = False
+
+    @property
+    def rows(self) -> int:
+        return self.members[0].rows
+
+    @property
+    def vocabulary(self) -> int:
+        """What all of them have: entries behind it are padding of a head."""
+        return min(member.vocabulary for member in self.members)
+
+    def trimmed(self, vocabulary: int) -> Mixture:
+        return replace(self, members=tuple(member.trimmed(vocabulary) for member in self.members))
+
+    def product(self, rows: slice) -> Tensor:
+        """Log-probabilities of some rows [n, V], in float32 or float64."""
+        sides = (_log_probs(member.trimmed(self.vocabulary), rows) for member in self.members)
+        if self.combine == "mean_prob":
+            return reduce(torch.logaddexp, sides) - math.log(len(self.members))
+        return torch.log_softmax(reduce(torch.add, sides) / len(self.members), -1)
+
+    def finish(self, product: Tensor) -> Tensor:
+        """They are logits as they are."""
+        return product
+
+    def whole(self) -> Tensor:
+        return self.product(slice(None))
+
+
+def _log_probs(head: Logits, rows: slice) -> Tensor:
+    logits = head.finish(head.product(rows))
+    return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:

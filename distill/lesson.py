@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from distill import corpus, world
+from distill import corpus, views, world
 from distill.corpus.masking import NONE
 from distill.hooks import Part, taking_part
-from distill.objectives import scored
-from distill.taps import Trace, trace
+from distill.objectives.protocol import View
+from distill.taps import Trace
+from distill.targets import Targets, traced
 from growth.errors import UserError
 
 PROBE = 16  # tokens a row are enough to see which parameters a loss reaches
@@ -30,44 +30,18 @@ class Lesson(nn.Module):
         self.objectives = objectives
 
     def forward(
-        self, batch: dict, targets: dict[str, Trace], active: list[str], part: Part | None = None
+        self, batch: dict, targets: dict[tuple[str, View], Trace], active: list[str], part: Part | None = None
     ) -> dict[str, Tensor]:
         """{objective.term: sum over this micro-batch} of the active objectives, as a part of the student meets them."""
+        terms = {}
         with taking_part(self.student, part):
-            seen = _trace(self.student, batch, [self.objectives[name].needs() for name in active], "student")
-        return {
-            f"{name}.{term}": value
-            for name in active
-            for term, value in self._terms(name, seen, targets, batch).items()
-        }
-
-    def _terms(self, name: str, seen: Trace, targets: dict[str, Trace], batch: dict) -> dict[str, Tensor]:
-        objective = self.objectives[name]
-        return objective.terms(seen, targets.get(objective.target), batch)
-
-
-def _trace(model: nn.Module, batch: dict, needs: list, side: str) -> Trace:
-    wanted = sorted({tap for need in needs for tap in getattr(need, side)})
-    heads = {need.head for need in needs if need.head and (side == "student" or need.target_head)}
-    rows = scored(batch["labels"], batch["segment_ids"], causal="causal" in heads)[0] if heads else None
-    return trace(model, batch, wanted, rows)
-
-
-@dataclass
-class Targets:
-    """The frozen models of a stage and what of each its objectives want."""
-
-    models: dict[str, nn.Module]
-    objectives: dict
-
-    @torch.no_grad()
-    def __call__(self, batch: dict, active: list[str]) -> dict[str, Trace]:
-        """A target is run only if an active objective asks for it."""
-        needs: dict[str, list] = {}
-        for name in active:
-            if target := self.objectives[name].target:
-                needs.setdefault(target, []).append(self.objectives[name].needs())
-        return {target: _trace(self.models[target], batch, wanted, "target") for target, wanted in needs.items()}
+            for view, reading in views.wanted(self.objectives, active).items():
+                seen = traced(self.student, views.of(batch, view), reading.values(), "student")
+                for name in reading:
+                    taught = targets.get((self.objectives[name].target, view))
+                    found = self.objectives[name].terms(seen, taught, batch)
+                    terms.update({f"{name}.{term}": value for term, value in found.items()})
+        return terms
 
 
 def named_losses(spec) -> dict:

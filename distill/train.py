@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from distill import corpus, extent, hooks, layout, models, snapshot, sources, world
 from distill.cost import Cost, as_much_as, cost_of
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
-from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, Targets, freeze_unreachable, named_losses
+from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, freeze_unreachable, named_losses
 from distill.preflight import micro_batch
 from distill.schedules import Progress
+from distill.targets import Targets, opened
 from growth import console
 from growth.console import count
 from growth.errors import UserError
@@ -73,8 +73,8 @@ class Stage:
         self.student = models.load(self.start, self.head)
         self.student.train(spec.dropout)
         self.lesson = Lesson(self.student, self.objectives)
-        self.targets = Targets({name: self._load_target(name) for name in spec.targets}, self.objectives)
-        self.packed = all(layout.packable(model.config) for model in (self.student, *self.targets.models.values()))
+        self.targets = Targets({name: opened(name, self) for name in spec.targets}, self.objectives)
+        self.packed = all(layout.packable(model.config) for model in (self.student, *self.targets.models))
         self.data = self._data()
         self.heldout = self._heldout() if spec.evaluate_every else None
         self.log = directory / "log.jsonl"
@@ -85,16 +85,6 @@ class Stage:
             corpus = self.context.corpus(self.spec.corpus)
             models.seed_checkpoint(self.spec.student, self.context.model, start, self.head, self.context.seed, corpus)
         return start
-
-    def _load_target(self, name: str) -> nn.Module:
-        """With its head if an objective asks for its logits."""
-        recipe, target = self.context.recipe, self.spec.targets[name]
-        needs = [objective.needs() for objective in self.objectives.values() if objective.target == name]
-        head = next((need.head for need in needs if need.target_head), None)
-        asked = recipe.models[target.from_].dtype if target.from_ in recipe.models else None
-        dtype = asked or {"fp32": "float32", "bf16": "bfloat16"}[recipe.engine.precision]
-        model = models.load(self.context.model(target.from_), head, getattr(torch, dtype))
-        return models.freeze(model).to(world.device())
 
     def _cost(self) -> Cost:
         facts = lambda reference: models.facts(self.context.model(reference))  # noqa: E731

@@ -16,9 +16,10 @@ import torch
 
 from distill import snapshot, world
 from distill.engine import KEYS, Engine, NonFinite
-from distill.lesson import Data, Lesson, Targets, freeze_unreachable
+from distill.lesson import Data, Lesson, freeze_unreachable
 from distill.models import freeze
 from distill.objectives import OBJECTIVES
+from distill.targets import Online, Targets
 from growth.errors import UserError
 
 STAGE = int(sys.argv[1]) if __name__ == "__main__" else 0
@@ -56,7 +57,7 @@ def parts(micro_batch: int, packed: bool = True):
         "ce": OBJECTIVES["ce"](objective="mlm"),
     }
     lesson = Lesson(tiny.model("bert", head="mlm", seed=1), objectives)
-    targets = Targets({"t": freeze(tiny.model("bert", seed=2))}, objectives)
+    targets = Targets({"t": Online(freeze(tiny.model("bert", seed=2)))}, objectives)
     return lesson, targets, Data(Rows(), BATCH, micro_batch, packed, torch.device("cpu"))
 
 
@@ -66,7 +67,7 @@ class Run:
     def __init__(self, precision: str = "fp32", micro_batch: int = 2, packed: bool = True, clip: float = 1.0):
         self.lesson, self.targets, self.data = parts(micro_batch, packed)
         freeze_unreachable(self.lesson, self.targets, self.data)
-        self.targets.models["t"].to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        self.targets.models[0].to(torch.bfloat16 if precision == "bf16" else torch.float32)
         spec = SimpleNamespace(zero=STAGE, precision=precision, deepspeed={})
         optim = SimpleNamespace(**OPTIM | {"clip": clip})
         self.engine = Engine(self.lesson, spec, optim, micro_batch)

@@ -12,8 +12,9 @@ from engine_cases import BATCH, LR, OPTIM, Rows, shared_directory
 from distill import hooks, snapshot, world
 from distill.engine import KEYS, Engine
 from distill.hooks import Submodel
-from distill.lesson import Data, Heldout, Lesson, Targets, freeze_unreachable
+from distill.lesson import Data, Heldout, Lesson, freeze_unreachable
 from distill.objectives import OBJECTIVES
+from distill.targets import Targets
 
 SEED, STEPS, HELD = 5, 6, 11  # this seed draws every depth
 PARTS = Submodel(depths=[2, 3, 4], train_top=2).parts()

@@ -18,11 +18,12 @@ from launch import launch
 from pydantic import ValidationError
 
 from distill.heads import Logits
-from distill.lesson import Lesson, Targets
+from distill.lesson import Lesson
 from distill.models import freeze
 from distill.objectives import Divergence, cross_entropy, divergence, divergences, token_sum
 from distill.objectives.distribution import Kind
 from distill.taps import trace
+from distill.targets import Online, Targets
 from growth.errors import UserError
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 11, 23, 5, 7
@@ -556,7 +557,7 @@ def language_model(family, **own):
 def test_a_lesson_compares_the_heads_of_student_and_teacher():
     objectives = {"divergence": Divergence(target="t", kind="reverse_kl", temperature=2.0)}
     student, teacher = tiny.model("qwen2", "causal"), freeze(tiny.model("gemma2", "causal", hidden_size=36, seed=1))
-    lesson, targets = Lesson(student, objectives), Targets({"t": teacher}, objectives)
+    lesson, targets = Lesson(student, objectives), Targets({"t": Online(teacher)}, objectives)
     batch = tiny.batch([[7], [4]], 9)
     (term,) = lesson(batch, targets(batch, ["divergence"]), ["divergence"]).values()
     mask = batch["segment_ids"] > 0

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from distill import extent, hooks, models, recipe
 from distill.cost import Cost
 from distill.hooks import Freeze, Part, Submodel
-from distill.lesson import Data, Lesson, Targets, freeze_unreachable
+from distill.lesson import Data, Lesson, freeze_unreachable
 from distill.objectives import OBJECTIVES
 from distill.taps import trace
+from distill.targets import Online, Targets
 from growth.errors import UsageError, UserError
 
 HEADED = pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if tiny.head(family)])
@@ -129,7 +130,7 @@ def test_when_nothing_trained_reaches_a_loss_it_is_said(tmp_path):
     lesson = Lesson(tiny.model("bert"), {"kl": OBJECTIVES["relation_kl"](target="t", heads=6, student_layer=1)})
     (tmp_path / "growth.json").write_text(json.dumps({"new": {"layers": [3]}}))
     Freeze(train="new").prepare(lesson.student, tmp_path)
-    targets = Targets({"t": models.freeze(tiny.model("bert", seed=1))}, lesson.objectives)
+    targets = Targets({"t": Online(models.freeze(tiny.model("bert", seed=1)))}, lesson.objectives)
     with pytest.raises(UserError, match="the hooks freeze too much"):
         freeze_unreachable(lesson, targets, Fixed())
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.heads import Logits, add_product
-from distill.objectives.divergences import Distribution, kind_of
+from distill.heads import Logits, Mixture, add_product
+from distill.objectives.divergences import distribution, kind_of
 from distill.objectives.known import known, softmax_rows
+from distill.objectives.sparse import Sparse
 from growth.errors import UserError
 
 # Rows of a chunk. A product of n rows reads all of W for 2 n FLOP a number, whatever the vocabulary: too few starve it,
@@ -60,7 +61,7 @@ def cross_entropy_sum(logits: Tensor | Logits, targets: Tensor) -> Tensor:
 
 def divergence(
     student: Tensor | Logits,
-    teacher: Tensor | Logits,
+    teacher: Tensor | Logits | Mixture,
     kind: str = "forward_kl",
     *,
     beta: float = 0.5,
@@ -75,21 +76,28 @@ def divergence(
     """How far the student's next tokens are from the teacher's: kinds in `distill.objectives.divergences`.
 
     Both sides are logits [N, V] (log-probabilities will do) or `Logits`, which are never made whole; hidden sizes may
-    differ. Entries that only one side has are padding of its head and are left out. `temperature` divides both
-    sides' logits, `temperature_squared` multiplies the result by its square. `weights` [N] are factors of rows;
-    `ce` times the cross-entropy against `targets` [N] is added in the same pass. `reduction`: "mean" over rows, "sum".
-    The student gets gradients, the teacher none.
+    differ, and several teachers are a `Mixture`. Entries that only one side has are padding of its head and are left
+    out. `temperature` divides both sides' logits, `temperature_squared` multiplies the result by its square. `weights`
+    [N] are factors of rows; `ce` times the cross-entropy against `targets` [N] is added in the same pass. `reduction`:
+    "mean" over rows, "sum". The student gets gradients, the teacher none.
     """
     if ce and targets is None:
         raise UserError("cross-entropy (ce) needs targets, the labels of the rows")
-    loss = against_teacher(kind_of(kind, beta, alpha), temperature, temperature_squared)
+    student, made = _logits(student), kind_of(kind, beta, alpha)
+    if isinstance(teacher, Sparse):
+        student = _reading(student, teacher.vocabulary)
+        teacher, loss = None, teacher.against(made, temperature, temperature_squared)
+    else:
+        teacher, loss = _logits(teacher), against_teacher(made, temperature, temperature_squared)
     if ce:
         loss = both(loss, against_labels(targets), ce)
-    total = token_sum(_logits(student), _logits(teacher), loss, weights)
-    return total / max(_logits(student).rows, 1) if reduction == "mean" else total
+    total = token_sum(student, teacher, loss, weights)
+    return total / max(student.rows, 1) if reduction == "mean" else total
 
 
-def token_sum(student: Logits, teacher: Logits | None, loss: RowLoss, weights: Tensor | None = None) -> Tensor:
+def token_sum(
+    student: Logits, teacher: Logits | Mixture | None, loss: RowLoss, weights: Tensor | None = None
+) -> Tensor:
     """Sum over rows of weight x loss; its gradient is that of the student's hidden states and head."""
     width = min(side.vocabulary for side in (student, teacher) if side)
     student, teacher = student.trimmed(width), teacher and teacher.trimmed(width)
@@ -105,7 +113,9 @@ def token_sum(student: Logits, teacher: Logits | None, loss: RowLoss, weights: T
     return known(total.to(dtype), gradients.found if learns else {})
 
 
-def _of_chunk(rows: slice, student: Logits, teacher: Logits | None, loss: RowLoss, gradients, dtype) -> Tensor:
+def _of_chunk(
+    rows: slice, student: Logits, teacher: Logits | Mixture | None, loss: RowLoss, gradients, dtype
+) -> Tensor:
     """Sum over a chunk, its gradient added to `gradients`. A function, so that its logits are gone before the next."""
     x, y = student.product(rows), teacher and teacher.product(rows)  # [chunk, V]
     room = gradients and gradients.room(rows, x)
@@ -164,7 +174,7 @@ def against_teacher(kind: Callable, temperature: float = 1.0, squared: bool = Fa
     factor = temperature**2 if squared else 1.0
 
     def loss(rows: slice, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        p, q = (_distribution(x if temperature == 1 else x / temperature) for x in (teacher, logits))
+        p, q = (distribution(x if temperature == 1 else x / temperature) for x in (teacher, logits))
         values, by_logits = kind(p, q)
         return values * factor, by_logits if factor == temperature else by_logits.mul_(factor / temperature)
 
@@ -191,22 +201,34 @@ def weighted(first: RowLoss, weights: Tensor) -> RowLoss:
     return loss
 
 
-def _distribution(logits: Tensor) -> Distribution:
-    probability = torch.empty_like(logits)
-    return Distribution(logits - softmax_rows(logits, out=probability)[:, None], probability)
+def _logits(given: Tensor | Logits | Mixture) -> Logits | Mixture:
+    return Logits(given) if isinstance(given, Tensor) else given
 
 
-def _logits(given: Tensor | Logits) -> Logits:
-    return given if isinstance(given, Logits) else Logits(given)
+def _reading(student: Logits, vocabulary: int) -> Logits:
+    """Without padding, as the teacher was when it was cached."""
+    if student.vocabulary < vocabulary:
+        raise UserError(f"the student's head has {student.vocabulary} rows, its cached teacher {vocabulary} tokens")
+    return student.trimmed(vocabulary)
+
+
+def strips(logits: Logits) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of logits [n, V] in float32 or float64, a strip at a time: they never all exist."""
+    dtype = torch.float64 if logits.hidden.dtype == torch.float64 else torch.float32
+    for rows in _cuts(0, logits.rows, _chunk([logits])):
+        product = logits.product(rows)
+        for strip in _cuts(rows.start, rows.stop, _strip(product)):
+            here = slice(strip.start - rows.start, strip.stop - rows.start)
+            yield strip, logits.finish(product[here].to(dtype))
 
 
 def _cuts(first: int, end: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, end)) for i in range(first, end, size))
 
 
-def _chunk(sides: list[Logits]) -> int:
+def _chunk(sides: list[Logits | Mixture]) -> int:
     """Rows; all of them at once where logits are there anyway."""
-    if all(side.weight is None for side in sides):
+    if all(side.there for side in sides):
         return max(1, sides[0].rows)
     return CHUNK if sides[0].hidden.device.type == "cpu" else CHUNK_ON_A_GPU
 

@@ -14,12 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.objectives.known import softmax_rows
 from growth.errors import UserError, did_you_mean
 
 
 class Distribution(NamedTuple):
     log: Tensor  # [N, V]
     probability: Tensor  # [N, V]
+
+
+def distribution(logits: Tensor) -> Distribution:
+    probability = torch.empty_like(logits)
+    return Distribution(logits - softmax_rows(logits, out=probability)[:, None], probability)
 
 
 Result = tuple[Tensor, Tensor]

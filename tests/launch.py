@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ HERE = Path(__file__).parent
 def launch(script: str, *arguments, ranks: int = 1, timeout: float = 250, check: bool = True, **environment) -> list:
     """The last line of stdout of every rank, parsed; a rank that fails fails the test with its stderr."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-W", "ignore", str(HERE / script), *map(str, arguments)]
+        command = [sys.executable, "-W", "ignore", __file__, str(HERE / script), *map(str, arguments)]
         shared = os.environ | {
             "WORLD_SIZE": str(ranks),
             "DISTILL_STORE": f"{scratch}/store",
@@ -40,3 +41,11 @@ def launch(script: str, *arguments, ranks: int = 1, timeout: float = 250, check:
     for p, _, err in ended:
         assert not check or p.returncode == 0, err[-3000:]
     return [json.loads(out.strip().splitlines()[-1]) if out.strip() else None for _, out, _ in ended]
+
+
+if __name__ == "__main__":  # what every rank runs: the script, and the end that the command line has as well
+    from distill import world
+
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    world.leave_at_once(SystemExit(0))

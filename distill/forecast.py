@@ -143,8 +143,8 @@ def corpus_tokens(planned: Planned, name: str) -> tuple[float | None, bool]:
     spec = planned.recipe.corpora[name]
     if manifest.exists():
         return read_json(manifest)["rows"]["train"] * spec.length, True
-    found = _text_bytes(spec.source)
-    return (None if found is None else found / BYTES_A_TOKEN * (1 - spec.heldout)), False
+    sizes = [_text_bytes(source) for source in spec.sources]
+    return (None if None in sizes else sum(sizes) / BYTES_A_TOKEN * (1 - spec.heldout)), False
 
 
 def _text_bytes(source: str) -> int | None:

@@ -51,10 +51,25 @@ class NewTokenizer(Value):
     train: TrainTokenizer
 
 
+class PartSpec(Value):
+    """One of several sources."""
+
+    source: str = Field(description="stdlib, stdlib-code, synthetic, noise, a path or a Hugging Face data set id")
+    limit: Positive | None = Field(None, description="read only this many documents")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str) else given
+
+
 class CorpusSpec(Value):
     """Text, and how it becomes rows of token ids."""
 
-    source: str = Field(description="stdlib, stdlib-code, synthetic, a path or a Hugging Face data set id")
+    source: str | Annotated[dict[Name, PartSpec], Field(min_length=1)] = Field(
+        description="stdlib, stdlib-code, synthetic, noise, a path or a Hugging Face data set id; or {part: source}, "
+        "several of them, which share no row"
+    )
     tokenizer: str | NewTokenizer = Field(description="a model of the recipe, or {train: {vocab: ..., kind: ...}}")
     length: Annotated[int, Field(ge=8)] = Field(128, description="tokens in a row")
     heldout: Share = Field(0.05, description="share of the documents that training never sees")
@@ -63,3 +78,23 @@ class CorpusSpec(Value):
     revision: str | None = Field(None, description="of a Hugging Face data set")
     packed: bool = Field(True, description="several whole documents in a row")
     limit: Positive | None = Field(None, description="read only this many documents")
+    parts: Annotated[Several[str], Field(min_length=1)] | None = Field(
+        None, description="read only these parts of the source"
+    )
+    label: str | None = Field(None, description="what says a document's class: `part`, or a column; packed: false")
+
+    @model_validator(mode="after")
+    def _check_label(self) -> CorpusSpec:
+        if self.label and self.packed:
+            raise ValueError("label: a row has one class, so it takes one document; set packed: false")
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else tuple(part.source for part in self.source.values())
+
+    @model_validator(mode="after")
+    def _check_limit(self) -> CorpusSpec:
+        if self.limit and not isinstance(self.source, str):
+            raise ValueError("limit: with several sources each has its own, `part: {source: ..., limit: ...}`")
+        return self

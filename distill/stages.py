@@ -80,7 +80,7 @@ def refuse_out(recipe: Recipe, out: Path) -> None:
 
 def _local_inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     named = [(f"model {name}", place) for name, spec in recipe.models.items() for place in spec.from_]
-    named += [(f"corpus {name}", spec.source) for name, spec in recipe.corpora.items()]
+    named += [(f"corpus {name}", source) for name, spec in recipe.corpora.items() for source in spec.sources]
     for what, place in named:
         path = Path(place).expanduser()
         if path.exists():

@@ -210,9 +210,8 @@ def test_any_tokeniser_finds_its_own_boundaries_in_the_text_that_it_reads_back(k
 def packed(kind, texts, length=90):
     """One row of these documents as a corpus has them."""
     facts = tokens.facts(tokenizer(kind))
-    pieces = [
-        piece for text in texts for piece in tokens.chunks(tokens.encode(tokenizer(kind), [text])[0], facts, length)
-    ]
+    cut = tokens.pieces(tokenizer(kind), texts, facts, length)
+    pieces = [piece.ids for several in cut for piece in several]
     ids, segments = np.full((1, length), facts.pad), np.zeros((1, length), dtype=np.int64)
     at = 0
     for number, piece in enumerate(pieces, start=1):

@@ -152,7 +152,7 @@ def test_unpacked_corpora_have_one_document_a_row(texts, tokenizer, tmp_path):
 
 
 def test_many_shards_are_one_corpus(prepared, texts, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.corpus.preparation.SHARD", 20 * LENGTH)
+    monkeypatch.setattr("distill.corpus.rows.SHARD", 20 * LENGTH)
     source = json.loads((prepared / "manifest.json").read_text())["request"]["source"]
     corpus.prepare(spec(source), tokenizer, tmp_path / "corpus")
     one, many = corpus.open(prepared), corpus.open(tmp_path / "corpus")

@@ -9,20 +9,23 @@ import numpy as np
 
 from distill.corpus import masking
 from distill.corpus.order import Order
-from distill.corpus.store import Corpus
+from distill.corpus.store import UNKNOWN, Corpus
 from growth.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Batch = dict[str, "Tensor"]  # input_ids, segment_ids (0 = padding), labels (-100 = none) [B, T]; sample_ids [B]
+# input_ids, segment_ids (0 = padding), labels (-100 = none) [B, T]; sample_ids [B]; of a corpus with classes, where
+# these are to be predicted: classes (-100 = none) [B]
+Batch = dict[str, "Tensor"]
 
 
 class Batches:
     """`objective`: whose labels a batch carries; with None nothing is masked and nothing is to be predicted."""
 
     def __init__(
-        self, corpus: Corpus, seed: int, objective: Literal["mlm", "causal"] | None = None, mask: float = 0.15
+        self, corpus: Corpus, seed: int, objective: Literal["mlm", "causal", "classify"] | None = None,
+        mask: float = 0.15,
     ):
         if objective == "mlm" and corpus.facts.mask is None:
             raise UserError("objective mlm: the tokeniser of the corpus has no mask token; `causal` needs none")
@@ -41,11 +44,18 @@ class Batches:
         hidden, labels = self._predicted(ids, segments, places, self.mask if mask is None else mask)
         columns = {"input_ids": hidden, "segment_ids": segments, "labels": labels}  # [B, T]
         batch = {name: torch.from_numpy(values) for name, values in columns.items()}
-        return {**batch, "sample_ids": torch.tensor([row for _, row in places])}
+        batch["sample_ids"] = torch.tensor([row for _, row in places])
+        return {**batch, "classes": self._classes(batch["sample_ids"])} if self.objective == "classify" else batch
+
+    def _classes(self, rows: Tensor) -> Tensor:
+        import torch
+
+        known = torch.from_numpy(self.corpus.labels[rows.numpy()].astype(np.int64))
+        return known.where(known != UNKNOWN, masking.NONE)  # [B]
 
     def _predicted(self, ids: np.ndarray, segments: np.ndarray, places: list, rate: float) -> tuple:
         """(ids as the model sees them, labels)."""
-        if self.objective is None:
+        if self.objective in (None, "classify"):
             return ids, np.full_like(ids, masking.NONE)
         if self.objective == "causal":
             return ids, np.where(segments > 0, ids, masking.NONE)
@@ -74,9 +84,10 @@ def unpack(batch: Batch) -> Batch:
         out[document, within] = values[row, place]
         return out
 
+    of = documents // (segments.shape[1] + 1)  # the row it was in
     return {
         "input_ids": scattered(batch["input_ids"], 0),
         "segment_ids": scattered(torch.ones_like(segments), 0),
         "labels": scattered(batch["labels"], masking.NONE),
-        "sample_ids": batch["sample_ids"][documents // (segments.shape[1] + 1)],
+        **{name: values[of] for name, values in batch.items() if values.dim() == 1},
     }

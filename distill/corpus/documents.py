@@ -9,11 +9,15 @@ LONGEST = 100_000  # characters; a longer document is cut, so that one line of a
 
 
 class Document(NamedTuple):
-    """`continues`: not the first piece of a document that was cut; all its pieces stay on one side of the split."""
+    """`continues`: not the first piece of a document that was cut; all its pieces stay on one side of the split.
+
+    `label`: its class, where the corpus has classes and this document is of a known one.
+    """
 
     text: str
     part: str
     continues: bool = False
+    label: str | None = None
 
 
 def bounded(documents: Iterable[Document]) -> Iterator[Document]:

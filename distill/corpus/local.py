@@ -22,10 +22,10 @@ FIRST_LOOK = 1 << 20
 BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
-def documents(path: Path, field: str) -> Iterator[Document]:
-    """The documents of a file, or of a directory's files one after the other."""
+def documents(path: Path, field: str, label: str | None = None) -> Iterator[Document]:
+    """The documents of a file, or of a directory's files one after the other; `label` is the column of their classes."""
     for file in files(path):
-        yield from READERS[kind(file)](file, field)
+        yield from READERS[kind(file)](file, field, label)
 
 
 def files(path: Path) -> list[Path]:
@@ -56,8 +56,10 @@ def _unpacked(file: Path) -> Path:
     return Path(file.stem if file.suffix.lower() in PACKED else file.name)
 
 
-def _text(path: Path, field: str) -> Iterator[Document]:
+def _text(path: Path, field: str, label: str | None) -> Iterator[Document]:
     """Documents end at blank lines; in a file whose first MiB has none, each line is one."""
+    if label is not None:
+        raise UserError(f"{path}: a text file has no column {label!r}; `label: part` makes the file's name the class")
     with opened(path) as stream:
         by_line = BLANK_LINE.search(stream.read(FIRST_LOOK)) is None
     held, size, continues = [], 0, False
@@ -82,41 +84,49 @@ def _whole(held: list[str], path: Path, continues: bool, keep_blank: bool) -> It
         yield Document(text, _part(path), continues)
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
+def _json_lines(path: Path, field: str, label: str | None) -> Iterator[Document]:
     with opened(path) as stream:
         for number, line in lines(stream, path, LONGEST_LINE, whole=True):
             where, line = f"{path}:{number}", line.strip()
             record = parse_json(line.encode(), where) if line else {field: ""}
-            yield from_record(record, field, _part(path), where)
+            yield from_record(record, field, _part(path), where, label)
 
 
-def from_record(record: Any, field: str, part: str, where: str) -> Document:
-    """A record's text and label; `null` counts as a blank text."""
+def from_record(record: Any, field: str, part: str, where: str, column: str | None = None) -> Document:
+    """A record's text, part and, in `column`, class; `null` counts as a blank text and as no class."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object like {{{field!r}: ...}}, found a {type(record).__name__}")
     if field not in record:
         raise UserError(_no_field(field, list(record), where))
-    value, label = record[field], record.get(LABEL)
+    value, named = record[field], record.get(LABEL)
     if not isinstance(value, str | None):
         raise UserError(f"{where}: {field!r} is of type {type(value).__name__}, not text")
-    return Document(text(value or "", where), part if label is None else text(str(label), where))
+    part = part if named is None else text(str(named), where)
+    return Document(text(value or "", where), part, label=_class(record.get(column), where))
+
+
+def _class(value: Any, where: str) -> str | None:
+    """The name of a class: a word, a whole number, true or false."""
+    if not isinstance(value, str | int | None):
+        raise UserError(f"{where}: a class is a name or a whole number, not a {type(value).__name__}")
+    return None if value is None else text(str(value), where).strip() or None
 
 
 def _no_field(field: str, there: list[str], where: str) -> str:
     return f"{where}: no {field!r} here, only {', '.join(there)[:200]}; set `field`{did_you_mean(field, there)}"
 
 
-def _parquet(path: Path, field: str) -> Iterator[Document]:
+def _parquet(path: Path, field: str, label: str | None) -> Iterator[Document]:
     import pyarrow
 
     try:
         with seekable(path) as stream:
-            yield from _rows(stream, path, field)
+            yield from _rows(stream, path, field, label)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a sound parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _rows(stream: BinaryIO, path: Path, field: str) -> Iterator[Document]:
+def _rows(stream: BinaryIO, path: Path, field: str, label: str | None) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
@@ -127,7 +137,7 @@ def _rows(stream: BinaryIO, path: Path, field: str) -> Iterator[Document]:
     stored = types[field].value_type if pyarrow.types.is_dictionary(types[field]) else types[field]
     if str(stored) not in ("string", "large_string"):
         raise UserError(f"{path}: {field!r} holds {types[field]}, not text")
-    wanted = [field, *({LABEL} & set(types) - {field})]
+    wanted = [field, *({LABEL, label} & set(types) - {field})]
     _check_sizes(metadata, wanted, path)
     # a text that stands a million times is stored once: read it as it is stored
     table = parquet.ParquetFile(stream, metadata=metadata, read_dictionary=[field])
@@ -135,7 +145,7 @@ def _rows(stream: BinaryIO, path: Path, field: str) -> Iterator[Document]:
     rows = itertools.chain.from_iterable(zip(*columns, strict=True) for columns in batches)
     for number, values in enumerate(rows):
         record = dict(zip(wanted, (value.as_py() for value in values), strict=True))
-        document = from_record(record, field, _part(path), f"{path}: row {number}")
+        document = from_record(record, field, _part(path), f"{path}: row {number}", label)
         budget.spend(len(document.text))
         yield document
 

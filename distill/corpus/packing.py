@@ -39,7 +39,7 @@ class Layout:
     """Where each piece lies: its row, its place in it, its number among the pieces of the row."""
 
     def __init__(self, lengths: np.ndarray, row_of: np.ndarray, length: int):
-        order = np.argsort(row_of, kind="stable")
+        self.order = order = np.argsort(row_of, kind="stable")  # the piece that comes first, second ... in the rows
         self.length, self.rows = length, int(row_of.max()) + 1
         self.row_of, self.lengths = row_of[order], lengths[order]
         self.sources = (np.cumsum(lengths) - lengths)[order]  # where a piece starts among all tokens

@@ -8,26 +8,74 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.corpus import local, stdlib, synthetic
+from distill.corpus import local, noise, stdlib, synthetic
 from distill.corpus.documents import Document, bounded
 from growth.errors import UserError, did_you_mean
 
-EMBEDDED = {"stdlib": stdlib.prose, "stdlib-code": stdlib.code, "synthetic": synthetic.documents}
+NO_CLASS = -1  # of a hub data set's row without a label
+PART = "part"  # as `label`: the class of a document is its part
+EMBEDDED = {"stdlib": stdlib.prose, "stdlib-code": stdlib.code, "synthetic": synthetic.documents,
+            "noise": noise.documents}  # fmt: skip
 
 
 def documents(spec) -> Iterator[Document]:
     """The documents of a corpus in the order of their source, none longer than `documents.LONGEST` characters."""
+    found = _several(spec) if _parts(spec) else _single(spec)
+    if spec.label == PART:
+        found = (document._replace(label=document.part) for document in found)
+    return bounded(found)
+
+
+def _several(spec) -> Iterator[Document]:
+    named = (d._replace(part=name) for name, part in _parts(spec).items() for d in _single(part))
+    return _of_parts(named, spec)
+
+
+def _single(spec) -> Iterator[Document]:
     if spec.source in EMBEDDED:
         found = EMBEDDED[spec.source]()
     elif _is_path(spec.source):
-        found = local.documents(Path(spec.source).expanduser(), spec.field)
+        found = local.documents(Path(spec.source).expanduser(), spec.field, _column(spec))
     else:
         found = _hub(spec)
-    return bounded(_limited(found, spec))
+    return _limited(_of_parts(found, spec), spec)
+
+
+def _column(spec) -> str | None:
+    """The column that names classes."""
+    return None if spec.label == PART else spec.label
+
+
+def _of_parts(found: Iterator[Document], spec) -> Iterator[Document]:
+    """Those of the parts asked for; read to its end, the source has them all."""
+    if spec.parts is None:
+        yield from found
+        return
+    seen = set()
+    for document in found:
+        seen.add(document.part)
+        if document.part in spec.parts:
+            yield document
+    if strange := sorted(set(spec.parts) - seen):
+        raise UserError(f"{said(spec)} has no part {strange[0]!r}{did_you_mean(strange[0], seen)}")
+
+
+def _parts(spec) -> dict[str, Any]:
+    """Of a corpus of several sources, each as a corpus of its own."""
+    if isinstance(spec.source, str):
+        return {}
+    return {name: spec.model_copy(update={**dict(part), "parts": None}) for name, part in spec.source.items()}
+
+
+def said(spec) -> str:
+    """What the user is told of where text comes from."""
+    return ", ".join(spec.sources)
 
 
 def identity(spec) -> dict[str, Any]:
     """What the texts depend on besides the recipe: a corpus is prepared again when this has changed."""
+    if parts := _parts(spec):
+        return {name: identity(part) for name, part in parts.items()}
     if spec.source in EMBEDDED:
         return {"python": sys.version}
     if not _is_path(spec.source):
@@ -39,6 +87,8 @@ def identity(spec) -> dict[str, Any]:
 
 def about(spec) -> str:
     """A remark for the user."""
+    if _parts(spec):
+        return ""
     if spec.source == "synthetic":
         grammar = synthetic.grammar()
         return f", entropy {grammar.bits:.2f} bits a document, {grammar.bits / grammar.words:.3f} bits a word"
@@ -82,12 +132,12 @@ def _hub_rows(spec, name: str, configuration: str | None) -> Iterator[Document]:
     rows = datasets.load_dataset(
         name, configuration, split=split, revision=spec.revision, streaming=spec.limit is not None
     )
-    label = rows.features.get(local.LABEL) if rows.features else None
-    names = label.names if isinstance(label, datasets.ClassLabel) else None
+    features, column = rows.features or {}, _column(spec)
+    named = {key: kind.names for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, row in enumerate(rows):
-        if names and row[local.LABEL] is not None:
-            row[local.LABEL] = names[row[local.LABEL]]
-        yield local.from_record(row, spec.field, split, f"{spec.source}: row {number}")
+        for key in {local.LABEL, column} & named.keys():
+            row[key] = named[key][row[key]] if row[key] not in (None, NO_CLASS) else None
+        yield local.from_record(row, spec.field, split, f"{spec.source}: row {number}", column)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,58 +15,80 @@ from growth.console import bar
 from growth.errors import UserError
 
 
-class Split:
-    """Documents go to a side by the hash of their text: each stays where it is when others come and go."""
+def split(documents: Iterable[Document], heldout: float, directory: Path, source: str) -> Sides:
+    """All documents of a source, stripped; an error when a side stays empty.
 
-    def __init__(self, heldout: float, directory: Path):
-        self.heldout = heldout
-        self.sides = {name: Side(directory, name) for name in (store.SIDES if heldout else [store.TRAIN])}
+    A document goes to a side by the hash of its text: it stays where it is when others come and go.
+    """
+    sides, side = Sides(directory, store.SIDES if heldout else [store.TRAIN]), None
+    with bar(None, f"reading {source}") as advance:
+        for document in documents:
+            text = document.text.strip()
+            side = side if document.continues else _side(text, heldout)
+            sides.counts["cut"] += document.continues
+            if text:
+                sides.add(text, document.part, side, document.label)
+            else:
+                sides.counts["blank"] += 1
+            advance()
+    sides.close()
+    _check(sides, heldout, source)
+    return sides
+
+
+def _side(text: str, heldout: float) -> str:
+    """Spaces and case make no other document."""
+    key = hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
+    return store.HELDOUT if int.from_bytes(key[:8], "big") < heldout * 2**64 else store.TRAIN
+
+
+def _check(sides: Sides, heldout: float, source: str) -> None:
+    n = sides.counts["documents"]
+    if not n:
+        raise UserError(f"{source}: no text here ({sides.counts['blank']} blank documents)")
+    if not all(side.ends for side in sides.values()):
+        some = f"{n} documents are" if n > 1 else "1 document is"
+        raise UserError(f"{source}: {some} too few to hold out {heldout:g}; set heldout: 0 or give more text")
+
+
+class Sides(dict):
+    """{name: the texts of a side}, while they are written."""
+
+    def __init__(self, directory: Path, names: Iterable[str]):
+        super().__init__({name: Side(directory, name) for name in names})
         self.parts: dict[str, int] = {}
+        self._labels: dict[str, int] = {}
         self.counts = {"bytes": 0, "documents": 0, "words": 0, "blank": 0, "cut": 0}
         self._hash = hashlib.sha256()
 
-    def read(self, documents: Iterable[Document], source: str) -> None:
-        """All documents of a source; an error when a side stays empty."""
-        side = None
-        with bar(None, f"reading {source}") as advance:
-            for document in documents:
-                text = document.text.strip()
-                side = side if document.continues else self._side(text)
-                self._add(text, document.part, side)
-                self.counts["cut"] += document.continues
-                advance()
-        for texts in self.sides.values():
-            texts.close()
-        self._check(source)
-
-    @property
-    def source(self) -> dict:
-        """What the texts are, whatever side they are on: sizes, and the sha256 of all of them, one a line."""
-        return {**self.counts, "digest": self._hash.hexdigest()}
-
-    def _side(self, text: str) -> str:
-        """Spaces and case make no other document."""
-        key = hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
-        return store.HELDOUT if int.from_bytes(key[:8], "big") < self.heldout * 2**64 else store.TRAIN
-
-    def _add(self, text: str, part: str, side: str) -> None:
-        if not text:
-            self.counts["blank"] += 1
-            return
+    def add(self, text: str, part: str, side: str, label: str | None = None) -> None:
         data = text.encode()
-        self.sides[side].add(data, self.parts.setdefault(part, len(self.parts)))
+        known = store.UNKNOWN if label is None else self._labels.setdefault(label, len(self._labels))
+        self[side].add(data, self.parts.setdefault(part, len(self.parts)), known)
         self._hash.update(data + b"\n")
         self.counts["bytes"] += len(data) + 1
         self.counts["words"] += len(text.split())
         self.counts["documents"] += 1
 
-    def _check(self, source: str) -> None:
-        n = self.counts["documents"]
-        if not n:
-            raise UserError(f"{source}: no text here ({self.counts['blank']} blank documents)")
-        if not all(side.ends for side in self.sides.values()):
-            some = f"{n} documents are" if n > 1 else "1 document is"
-            raise UserError(f"{source}: {some} too few to hold out {self.heldout:g}; set heldout: 0 or give more text")
+    def close(self) -> None:
+        for side in self.values():
+            side.close()
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Their names in order; None where no document has one."""
+        return sorted(self._labels) or None
+
+    def labels(self, side: str) -> np.ndarray:
+        """The class of every document of a side as a place in `classes`."""
+        places = {name: i for i, name in enumerate(self.classes)}
+        table = np.array([*(places[name] for name in self._labels), store.UNKNOWN], dtype=np.int32)
+        return table[np.array(self[side].labels)]  # the last place is that of -1
+
+    @property
+    def source(self) -> dict:
+        """What the texts are, whatever side they are on: sizes, and the sha256 of all of them, one a line."""
+        return {**self.counts, "digest": self._hash.hexdigest()}
 
 
 class Side:
@@ -74,13 +96,14 @@ class Side:
 
     def __init__(self, directory: Path, name: str):
         self.directory, self.name = directory, name
-        self.ends, self.parts = array("Q"), array("I")
+        self.ends, self.parts, self.labels = array("Q"), array("I"), array("i")
         self._file = (directory / f"{name}.texts").open("wb")
 
-    def add(self, data: bytes, part: int) -> None:
+    def add(self, data: bytes, part: int, label: int) -> None:
         self._file.write(data)
         self.ends.append(self._file.tell())
         self.parts.append(part)
+        self.labels.append(label)
 
     def close(self) -> None:
         self._file.close()

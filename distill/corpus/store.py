@@ -12,10 +12,11 @@ from distill.corpus import tokens
 from growth import files
 from growth.errors import UserError
 
-VERSION = 2  # of the files and of the rules by which they are made: another number means prepare again
+VERSION = 3  # of the files and of the rules by which they are made: another number means prepare again
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 TRAIN, HELDOUT = SIDES = ("train", "heldout")
 COLUMNS = ("ids", "segments")  # one array each in a shard
+UNKNOWN = -1  # the class of a row of which none is known
 
 
 class Corpus:
@@ -27,6 +28,7 @@ class Corpus:
         self.length: int = manifest["length"]
         self.digest: str = manifest["sides"][side]["digest"]
         self.tokens: int = manifest["sides"][side]["tokens"]
+        self.classes: list[str] | None = manifest["classes"]
         self._rows: int = manifest["rows"][side]
         self._shard: int = manifest["rows_per_shard"]
 
@@ -45,10 +47,29 @@ class Corpus:
         ids, segments = self._shards[shard]
         return ids[place].astype(np.int64), segments[place].astype(np.int64)
 
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The class of every row, by its place in `classes` [rows]; UNKNOWN where there is none."""
+        if self.classes is None:
+            return np.full(len(self), UNKNOWN, dtype=np.int32)
+        return np.load(self.path / labels_name(self.side), mmap_mode="r")
+
+    @cached_property
+    def texts(self) -> Texts:
+        return Texts(self.path, self.side)
+
+    @cached_property
+    def spans(self) -> Spans:
+        return Spans(self.path, self.side)
+
+    def pieces(self, i: int) -> list[str]:
+        """The text of each document of a row, as far as it stands in it."""
+        return [self.texts.slice(*map(int, span)) for span in self.spans[i]]
+
     def documents(self, limit: int | None = None) -> list[tuple[str, str]]:
         """(text, part of the source); with a limit, that many from all over the corpus."""
-        texts = Texts(self.path, self.side)
-        parts, n = self.manifest["parts"], len(texts)
+        texts, parts = self.texts, self.manifest["parts"]
+        n = len(texts)
         kept = n if limit is None else min(limit, n)
         chosen = (i * n // kept for i in range(kept))
         return [(texts[i], parts[texts.parts[i]]) for i in chosen]
@@ -79,11 +100,39 @@ class Texts:
     def __getitem__(self, i: int) -> str:
         if not 0 <= i < len(self.ends):
             raise IndexError(i)
-        start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
-        return self._bytes[start:end].tobytes().decode()
+        return self.slice(i, 0, self.size(i))
+
+    def slice(self, i: int, start: int, end: int) -> str:
+        """Some bytes of a document."""
+        first = int(self.ends[i - 1]) if i else 0
+        return self._bytes[first + start : first + end].tobytes().decode()
+
+    def size(self, i: int) -> int:
+        """Bytes of a document."""
+        return int(self.ends[i]) - (int(self.ends[i - 1]) if i else 0)
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
+
+
+class Spans:
+    """Which text every row stands for: (document, first byte, end) [n, 3] of each of its n pieces, segment 1 first."""
+
+    def __init__(self, path: Path, side: str):
+        self.all, self.ends = (np.load(path / f"{side}.{name}.npy", mmap_mode="r") for name in ("spans", "spans.ends"))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.all[int(self.ends[row - 1]) if row else 0 : int(self.ends[row])]
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The spans of several rows end to end, and the place in `rows` that each is of."""
+        starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)[rows]
+        counts = self.ends[rows].astype(np.int64) - starts
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.all[np.repeat(starts, counts) + within], np.repeat(np.arange(len(rows)), counts)
 
 
 def open(path: Path, part: str = TRAIN) -> Corpus:
@@ -110,6 +159,17 @@ def write_array(path: Path, values: np.ndarray) -> None:
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
         file.write(np.ascontiguousarray(values).data)
+
+
+def write_shard(directory: Path, side: str, number: int, *columns: np.ndarray) -> None:
+    """ids and segments [rows, T] each."""
+    for what, values in zip(COLUMNS, columns, strict=True):
+        write_array(directory / shard_name(side, number, what), values)
+
+
+def labels_name(side: str) -> str:
+    """The file of the classes of a side's rows; its name makes it count in the digest of the side."""
+    return f"{side}-classes.npy"
 
 
 def shard_name(side: str, number: int, what: str) -> str:

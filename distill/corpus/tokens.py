@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from growth import files
 from growth.errors import UserError
@@ -72,6 +74,10 @@ def strange(tokenizer, other) -> list[str]:
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids without special tokens; a `[MASK]` that stands in the text is text."""
+    return _encoded(tokenizer, texts).input_ids
+
+
+def _encoded(tokenizer, texts: list[str]):
     return tokenizer(
         texts,
         add_special_tokens=False,
@@ -79,14 +85,48 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-    ).input_ids
+    )
 
 
-def chunks(ids: list[int], facts: Facts, length: int) -> Iterator[list[int]]:
-    """A document with its special tokens: one piece, or as many as it needs."""
-    room, ids = room_for_text(facts, length), ids + facts.end
-    for start in range(0, len(ids), room):
-        yield [*facts.prefix, *ids[start : start + room], *facts.suffix]
+class Piece(NamedTuple):
+    """As much of a document as a row takes: ids with special tokens, and the bytes of the text they stand for.
+
+    The pieces of a document are all of its bytes, each once: a blank between two tokens goes with the one before it.
+    """
+
+    ids: list[int]
+    start: int
+    end: int
+
+
+def pieces(tokenizer, texts: list[str], facts: Facts, length: int, ends: bool = True) -> Iterator[list[Piece]]:
+    """Of each text: one piece, or as many as it needs; none where no token is. `ends`: the texts are whole documents."""
+    room, end = room_for_text(facts, length), facts.end if ends else []
+    found = _encoded(tokenizer, texts)
+    for i, (text, ids) in enumerate(zip(texts, found.input_ids, strict=True)):
+        cuts = range(room, len(ids + end), room) if ids else ()
+        places = [0, *_bytes_before(text, [_start(found, i, cut, text) for cut in cuts]), len(text.encode())]
+        chunks = [(ids + end)[start : start + room] for start in (0, *cuts)] if ids else []
+        yield [
+            Piece([*facts.prefix, *chunk, *facts.suffix], *span)
+            for chunk, span in zip(chunks, pairwise(places), strict=False)
+        ]
+
+
+def _start(found, i: int, token: int, text: str) -> int:
+    """The character that a token of text `i` starts at; tokenisers without a tokenizer.json cannot say."""
+    if token >= len(found.input_ids[i]):
+        return len(text)
+    if not found.is_fast:
+        raise UserError("a document is longer than a row, and this tokeniser cannot say where its tokens stand in a "
+                        "text; save it as a fast one (tokenizer.json)")  # fmt: skip
+    return found.token_to_chars(i, token).start
+
+
+def _bytes_before(text: str, characters: list[int]) -> list[int]:
+    """Bytes before each of these characters, which ascend; where a tokeniser looks back, as far as it was already."""
+    bounds = [0, *accumulate(characters, max)]
+    return list(accumulate(len(text[start:end].encode()) for start, end in pairwise(bounds)))
 
 
 def room_for_text(facts: Facts, length: int) -> int:

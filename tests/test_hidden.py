@@ -1,0 +1,199 @@
+"""Distances of hidden states, and the views of a row that objectives read."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+from torch.testing import assert_close
+
+from distill import corpus, models, taps, views
+from distill.lesson import Lesson
+from distill.objectives import OBJECTIVES, HiddenMSE, hidden_mse
+from distill.objectives.hidden_sum import hidden_count, hidden_sum
+from distill.targets import Online, Targets
+
+PACKED = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 0], [1] * 11, [2, 2, 1, 1, 3, 3, 0, 0, 4, 4, 5]])
+FORMS = [(position, reduction) for position in ("first", "mean", "all") for reduction in ("sum", "mean")]
+every_form = pytest.mark.parametrize(("position", "reduction"), FORMS)
+WIDTH = 7
+
+
+def draw(seed, shape=PACKED.shape):
+    return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def brute(teacher, student, segments, position, reduction):
+    """One document at a time."""
+    distances = []
+    for b, numbers in enumerate(segments.tolist()):
+        for number in {n for n in numbers if n}:
+            places = [t for t, n in enumerate(numbers) if n == number]
+            gaps = [student[b, t] - teacher[b, t] for t in places]
+            gaps = {"first": gaps[:1], "mean": [sum(gaps) / len(gaps)], "all": gaps}[position]
+            distances += [(gap**2).sum() if reduction == "sum" else (gap**2).mean() for gap in gaps]
+    return sum(distances) / len(distances)
+
+
+@every_form
+def test_loss_and_gradient_are_those_of_brute_force(position, reduction):
+    teacher, student = draw(1), draw(2).requires_grad_()
+    ours, theirs = (f(teacher, student, PACKED, position, reduction) for f in (hidden_mse, brute))
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]
+    assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@every_form
+def test_how_a_batch_is_cut_into_parts_and_rows_changes_nothing(position, reduction):
+    teacher, student = draw(1), draw(2)
+    whole = hidden_mse(teacher, student, PACKED, position, reduction)
+    parts = [slice(b, b + 1) for b in range(len(PACKED))]
+    totals = [hidden_sum(teacher[b], student[b], PACKED[b], position, reduction) for b in parts]
+    count = sum(hidden_count(PACKED[b], position) for b in parts)
+    assert_close(sum(totals) / count, whole, rtol=0, atol=1e-12)
+    apart = corpus.unpack({"input_ids": torch.arange(33).view(3, 11), "segment_ids": PACKED, "labels": PACKED,
+                           "sample_ids": torch.arange(3)})  # fmt: skip
+    sides = (x.flatten(0, 1)[apart["input_ids"]] for x in (teacher, student))
+    assert_close(hidden_mse(*sides, apart["segment_ids"], position, reduction), whole, rtol=0, atol=1e-12)
+
+
+@every_form
+def test_it_is_zero_against_itself_and_where_nothing_is_real(position, reduction):
+    assert hidden_mse(draw(1), draw(1), PACKED, position, reduction) == 0
+    assert hidden_mse(draw(1), draw(2), torch.zeros_like(PACKED), position, reduction) == 0
+
+
+def test_half_precision_is_compared_in_float32():
+    teacher, student = (draw(seed).bfloat16() for seed in (1, 2))
+    wide = hidden_mse(teacher.double(), student.double(), PACKED)
+    assert_close(hidden_mse(teacher, student, PACKED).double(), wide, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_last_is_what_the_model_hands_on_and_a_number_is_a_blocks_output(family):
+    model, batch = tiny.model(family, tiny.head(family)), tiny.batch([[7], [4]], 7)
+    wanted = [taps.OUTPUT, taps.Tap("hidden", 1)]
+    rows = torch.tensor([0, 3]) if tiny.head(family) else None
+    found = taps.trace(model, batch, wanted, rows).taps
+    mask = (batch["segment_ids"] > 0).long()
+    after = model.base_model(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True)
+    real = batch["segment_ids"] > 0
+    assert_close(found[taps.OUTPUT][real], after.last_hidden_state[real], rtol=0, atol=0)
+    assert_close(found["hidden", 1][real], after.hidden_states[2][real], rtol=0, atol=0)
+
+
+# Views
+
+
+def objectives(**more) -> dict:
+    return {
+        "ce": OBJECTIVES["ce"](objective="mlm"),
+        "hidden_mse": HiddenMSE(target="t"),
+        "hidden_mse_2": HiddenMSE(target="t", position="mean", student_layer=1, teacher_layer=2),
+        "hidden_mse_3": HiddenMSE(target="t", view="masked", reduction="mean"),
+        **more,
+    }
+
+
+def masked() -> dict:
+    """Rows of two documents and padding, some tokens hidden."""
+    batch = tiny.batch([[5, 4], [8]], 11)
+    hidden = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    hidden[0, [1, 6]] = hidden[1, [0, 3]] = True
+    return {
+        **batch,
+        "input_ids": batch["input_ids"].masked_fill(hidden, tiny.MASK),
+        "labels": batch["labels"].masked_fill(~hidden, -100),
+    }
+
+
+def runs(model) -> list:
+    """The token ids of every forward pass from now on."""
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda table, inputs: seen.append(inputs[0]))
+    return seen
+
+
+def pair(named, student="bert", teacher="bert"):
+    student = tiny.model(student, tiny.head(student), seed=1, num_hidden_layers=3)
+    frozen = models.freeze(tiny.model(teacher, seed=2))
+    return Lesson(student, named), Targets({"t": Online(frozen)}, named), runs(student), runs(frozen)
+
+
+def test_plain_is_the_row_before_anything_was_hidden():
+    batch = masked()
+    assert torch.equal(views.of(batch, "plain")["input_ids"], tiny.batch([[5, 4], [8]], 11)["input_ids"])
+    assert views.of(batch, "masked") is batch
+
+
+def test_each_model_runs_once_on_each_view_whoever_reads_it():
+    named, batch = objectives(), masked()
+    lesson, targets, student, teacher = pair(named)
+    lesson(batch, targets(batch, named), named)
+    for seen in (student, teacher):
+        assert [torch.equal(ids, batch["input_ids"]) for ids in seen] == [True, False]
+    assert views.passes(named) == {None: 2, "t": 2} and views.passes({"ce": named["ce"]}) == {None: 1}
+
+
+def test_a_view_that_no_active_objective_reads_is_not_run():
+    named, batch = objectives(), masked()
+    lesson, targets, student, teacher = pair(named)
+    lesson(batch, targets(batch, {"ce": named["ce"]}), {"ce": named["ce"]})
+    assert (len(student), len(teacher)) == (1, 0)
+    lesson(batch, targets(batch, {"hidden_mse": named["hidden_mse"]}), {"hidden_mse": named["hidden_mse"]})
+    assert torch.equal(student[1], teacher[0]) and not torch.equal(student[1], batch["input_ids"])
+
+
+def test_where_nothing_is_hidden_there_is_one_view():
+    named = {"ce": OBJECTIVES["ce"](objective="causal"), "hidden_mse": HiddenMSE(target="t", position="all")}
+    lesson, targets, student, teacher = pair(named, "llama", "llama")
+    batch = tiny.batch([[5, 4], [8]], 11)
+    lesson(batch, targets(batch, named), named)
+    assert (len(student), len(teacher)) == (1, 1) and views.passes(named) == {None: 1, "t": 1}
+
+
+def test_one_step_is_that_of_the_paper_written_out():
+    """Lee et al. 2023: masked language modelling of one view, the distance of [CLS] of the other."""
+    named, batch = {name: objectives()[name] for name in ("ce", "hidden_mse")}, masked()
+    lesson, targets, *_ = pair(named)
+    lesson.double(), targets.models[0].double()
+    student, teacher, plain = lesson.student, targets.models[0], tiny.batch([[5, 4], [8]], 11)["input_ids"]
+    terms = lesson(batch, targets(batch, named), named)
+    counts = {f"{name}.{term}": n for name, o in named.items() for term, n in o.count(batch).items()}
+    ours = sum(terms[key] / counts[key] for key in terms)
+    predicted, distances = [], []
+    for row, places in ((0, slice(0, 5)), (0, slice(5, 9)), (1, slice(0, 8))):
+        logits, labels = student(batch["input_ids"][row : row + 1, places]).logits[0], batch["labels"][row, places]
+        predicted += [torch.nn.functional.cross_entropy(logits[labels >= 0], labels[labels >= 0], reduction="none")]
+        firsts = [m.base_model(plain[row : row + 1, places]).last_hidden_state[0, 0] for m in (student, teacher)]
+        distances.append((firsts[0] - firsts[1].detach()).square().sum())
+    theirs = torch.cat(predicted).mean() + sum(distances) / len(distances)
+    trained = list(student.parameters())
+    gradients = [torch.autograd.grad(x, trained, allow_unused=True, retain_graph=True) for x in (ours, theirs)]
+    assert_close(ours, theirs, rtol=1e-12, atol=0)
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+# What cannot work
+
+
+def wrong(student="bert", teacher="bert", changes=None, **keys) -> list[str]:
+    sides = [models.facts(tiny.config(student)), models.facts(tiny.config(teacher, **(changes or {})))]
+    return HiddenMSE(target="t", **keys).check(*sides)
+
+
+def test_what_cannot_work_is_said():
+    assert wrong() == wrong("llama", "llama", position="mean") == []
+    assert wrong(changes={"hidden_size": 36}) == ["the student is 48 wide, the teacher 36; they need one width"]
+    assert wrong(student_layer=4, teacher_layer=-5) == [
+        "student_layer=4: the bert has 4 layers, 0 to 3",
+        "teacher_layer=-5: the bert has 4 layers, 0 to 3",
+    ]
+    (said,) = wrong("llama", "llama")
+    assert said == "position first: of a causal model it sees nothing but itself; mean and all say more"
+    for keys in ({"position": "cls"}, {"view": "unmasked"}, {"student_layer": "first"}):
+        with pytest.raises(ValidationError):
+            HiddenMSE(target="t", **keys)

@@ -76,7 +76,7 @@ def trace(model: nn.Module, batch: dict[str, Tensor], wanted: Iterable[Tap], row
             return Trace(dict(seen), seen.scaling, causal)
         with _only(model, rows), heads.unmade(model) as kept:
             answer = model(**inputs, return_dict=True).logits
-        head = heads.of(model, kept[0][0], answer)
+        head = heads.of(model, _chosen(model, kept, rows), answer)
     return Trace(dict(seen), seen.scaling, causal, head)
 
 
@@ -93,6 +93,14 @@ def _only(model: nn.Module, rows: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _chosen(model: nn.Module, kept: list[Tensor], rows: Tensor) -> Tensor:
+    """Of what the last layer was given, the rows [N, D]; OPT goes past its base model, so all [B, T, D] arrive."""
+    if not kept:  # MobileBERT
+        raise UserError(f"{type(model).__name__} makes its logits without its output embeddings; they cannot be taken")
+    given = kept[0]
+    return given[0] if given.shape[:2] == (1, len(rows)) else given.flatten(0, 1)[rows]
 
 
 def _begin(seen: Seen, listeners: Iterable[Listener]) -> None:

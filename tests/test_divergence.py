@@ -515,7 +515,12 @@ def test_recipes_know_every_kind_there_is():
 
 # Heads of models
 
-OWN = {"gemma2": {"final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 3.0}, "cohere": {"logit_scale": 0.4}}
+OWN = {
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.4},
+    "opt": {"ffn_dim": tiny.FFN, "word_embed_proj_dim": tiny.HIDDEN},  # goes past its base model
+}
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "qwen2", *OWN])
@@ -578,6 +583,13 @@ def test_a_model_that_does_more_to_its_logits_is_refused():
     plain = model.forward
     model.forward = lambda *args, **kwargs: shifted(plain(*args, **kwargs))
     with pytest.raises(UserError, match="does more to its logits"):
+        trace(model, tiny.batch([[7]], 7), (), torch.tensor([0]))
+
+
+def test_a_model_that_makes_logits_without_its_last_layer_is_refused(monkeypatch):
+    model = tiny.model("qwen2", "causal")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: torch.nn.Linear(tiny.HIDDEN, tiny.VOCAB))
+    with pytest.raises(UserError, match="without its output embeddings"):
         trace(model, tiny.batch([[7]], 7), (), torch.tensor([0]))
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
 
 
+LANGUAGE = ("mlm", "causal")  # heads that multiply every token; one that classifies runs once a row
+
+
 def working(facts: Facts, head: bool) -> int:
     """N: parameters that a token is multiplied with."""
     return facts.body + (facts.head if head else 0)
@@ -62,9 +65,9 @@ def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts,
     objectives = [objective for _, objective in spec.objectives()]
     return Cost(
         student=student,
-        head=any(objective.needs().head for objective in objectives),
+        head=any(objective.needs().head in LANGUAGE for objective in objectives),
         teachers=teachers,
-        headed=frozenset(objective.target for objective in objectives if objective.needs().target_head),
+        headed=frozenset(o.target for o in objectives if o.needs().target_head and o.needs().head in LANGUAGE),
         tokens=spec.optim.batch * length,
         parts=hooks.parts(spec.hook_values()),
     )

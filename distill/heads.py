@@ -45,6 +45,10 @@ class Logits:
     def learns(self) -> bool:
         return any(x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
 
+    def at(self, rows: Tensor) -> Logits:
+        """Some of the rows."""
+        return replace(self, hidden=self.hidden[rows])
+
     def trimmed(self, vocabulary: int) -> Logits:
         """Without the entries after the first `vocabulary`: a padded head has rows that stand for no token."""
         if vocabulary == self.vocabulary:

@@ -26,17 +26,18 @@ from growth.console import say
 from growth.errors import UserError
 
 HEADS = {"mlm": transformers.MODEL_FOR_MASKED_LM_MAPPING, "causal": transformers.MODEL_FOR_CAUSAL_LM_MAPPING}
-WORDS = {"mlm": "masked-language-model", "causal": "causal-language-model"}
+CLASSIFIERS = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+WORDS = {"mlm": "masked-language-model", "causal": "causal-language-model", "classify": "classification"}
 ENCODERS = {"t5": "T5EncoderModel"}  # of encoder-decoder families the encoder is what we take
 REAL = ("F64", "F32", "F16", "BF16")
 BUFFERS = re.compile(r"(position_ids|token_type_ids|inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 
 
 def load(path: Path, head: str | None = None, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> nn.Module:
-    """The model of a checkpoint directory, in eval mode; `head` is None (the base model), "mlm" or "causal".
+    """The model of a checkpoint directory, in eval mode; `head` is None (the base model), "mlm", "causal", "classify".
 
-    A head that the checkpoint lacks is made new from `seed`, and said so; anything else that is missing, of another
-    shape than the config asks for, not finite or unknown is an error.
+    A language-model head that the checkpoint lacks is made new from `seed`, and said so; anything else that is missing,
+    of another shape than the config asks for, not finite or unknown is an error.
     """
     checkpoint, config = reading.open(path), configuration(path)
     if head is None and (own := own_head(config)):
@@ -88,6 +89,12 @@ def headed(kind: type) -> dict[str, type]:
     return {"mlm": found["mlm"]} if "mlm" in found else found
 
 
+def heads(kind: type) -> dict[str, type]:
+    """Those, and the one that classifies."""
+    found = CLASSIFIERS[kind] if kind in CLASSIFIERS and kind.model_type not in ENCODERS else None
+    return headed(kind) | ({"classify": found} if found else {})
+
+
 def causal(config) -> bool:
     """Whether every token sees only those before it."""
     return "causal" in headed(type(config))
@@ -97,9 +104,9 @@ def class_of(config, head: str | None) -> type:
     if head is None:
         encoder = ENCODERS.get(config.model_type)
         return getattr(transformers, encoder) if encoder else transformers.MODEL_MAPPING[type(config)]
-    if head not in headed(type(config)):
+    if head not in heads(type(config)):
         raise UserError(f"{config.model_type} has no {WORDS[head]} head")
-    return headed(type(config))[head]
+    return heads(type(config))[head]
 
 
 def _options(build: type, checkpoint) -> dict:
@@ -179,7 +186,7 @@ def architecture(config) -> type | None:
 
 def own_head(config) -> str | None:
     """The head of the class that config.json names."""
-    return next((head for head, build in headed(type(config)).items() if build is architecture(config)), None)
+    return next((head for head, build in heads(type(config)).items() if build is architecture(config)), None)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from distill import growing, layout, loading, taps
+from distill import classifiers, growing, layout, loading, taps
 from distill.loading import load
 from distill.operators import Cut, Given
 from distill.sources import resolve, weights_sha256
 from growth import checkpoint as reading
 from growth import files
+from growth.console import say
 from growth.errors import UserError
 from growth.families import FAMILIES
 from growth.writer import CARRIED, LINEAGE
@@ -51,6 +52,8 @@ class Facts:
     blocks: tuple[int, ...]  # parameters that a token is multiplied with: of each block,
     body: int  # of the base model without the table of tokens, which is only looked up,
     head: int  # of the language-model head with a table it shares; 0 where there is none
+    kind: str | None = None  # of the head that it has: mlm, causal or classify
+    kinds: tuple[str, ...] = ()  # of the heads that it could have
 
 
 def facts(source) -> Facts:
@@ -80,6 +83,8 @@ def facts(source) -> Facts:
         blocks=tuple(_taking_part(block, config) for block in taps.blocks(base)),
         body=body,
         head=head,
+        kind=loading.own_head(config),
+        kinds=tuple(loading.heads(type(config))),
     )
 
 
@@ -108,24 +113,33 @@ def _size(module: nn.Module) -> int:
 
 
 def seed_checkpoint(
-    student, resolve_ref: Callable[[str], Path], dst: Path, head: str | None, seed: int, corpus: Path | None = None
+    student,
+    resolve_ref: Callable[[str], Path],
+    dst: Path,
+    head: str | None,
+    seed: int,
+    corpus: Path | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """The student before its first step, as safetensors: the same for every ZeRO stage and number of ranks.
 
-    One of random weights takes the tokenizer of its corpus with it, any other its own.
+    One of random weights takes the tokenizer of its corpus with it, any other its own. `classes`: of a head that
+    classifies.
     """
     source = student.origin and resolve_ref(student.origin)
     if source is None:
         tokenizer = corpus and corpus / "tokenizer"
-        return _save(fresh(_new_config(student.new, resolve_ref), head, seed), dst, carry=tokenizer)
+        config = _new_config(student.new, resolve_ref)
+        config = classifiers.named(config, classes) if classes else config
+        return _save(fresh(config, head, seed), dst, carry=tokenizer)
     if student.from_:
-        return _continue(source, dst, head, seed)
+        return _continue(source, dst, head, seed, classes)
     ops = student.grow.operators() if student.grow else [("cut", Cut(layers=student.cut.layers))]
     scratch = Path(dst).with_name(f"{Path(dst).name}.grown")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
         grown = growing.apply(ops, source, scratch, Given(seed, resolve_ref, corpus and (lambda: corpus)))
-        return _continue(grown, dst, head, seed)
+        return _continue(grown, dst, head, seed, classes)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -143,9 +157,24 @@ def export(start: Path, trained: Mapping[str, torch.Tensor], dst: Path) -> Path:
     return _save(model, dst, carry=start, overwrite=True, story={"preserves": "no"})
 
 
-def _continue(source: Path, dst: Path, head: str | None, seed: int) -> Path:
+def _continue(source: Path, dst: Path, head: str | None, seed: int, classes: Sequence[str] | None) -> Path:
     """With the head asked for, else with the one the checkpoint has: not to train it is no reason to lose it."""
-    return _save(load(source, head or loading.own_head(loading.configuration(source)), seed=seed), dst, carry=source)
+    head = head or loading.own_head(loading.configuration(source))
+    if classes is None:
+        model = load(source, head, seed=seed)
+    elif classifiers.names(loading.configuration(source)):
+        model = classifiers.load(source, classes)
+    else:
+        model = _with_new_head(source, classes, seed)
+    return _save(model, dst, carry=source)
+
+
+def _with_new_head(source: Path, classes: Sequence[str], seed: int) -> nn.Module:
+    """A classifier of these classes, random but for the base model of a checkpoint."""
+    model = fresh(classifiers.named(loading.configuration(source), classes), "classify", seed)
+    model.base_model.load_state_dict(load(source).state_dict(), strict=False)  # one side may have no pooler
+    say(f"{source} has no classification head; one for {len(classes)} classes starts at random")
+    return model
 
 
 def fresh(config, head: str | None, seed: int) -> nn.Module:

@@ -16,7 +16,7 @@ from functools import cached_property
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from distill import heads, layout, loading
+from distill import classifiers, heads, layout, loading
 from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
 from distill.heads import Logits
 from growth.errors import UserError, did_you_mean
@@ -63,14 +63,25 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]]) -> Iterator[Seen]:
                 listener.armed, listener.seen = False, Seen()  # a checkpoint's graph must not hold what holds the graph
 
 
-def trace(model: nn.Module, batch: dict[str, Tensor], wanted: Iterable[Tap], rows: Tensor | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    wanted: Iterable[Tap],
+    rows: Tensor | None = None,
+    *,
+    classify: bool = False,
+) -> Trace:
     """One forward pass over a batch; `rows` are the flat positions b*T+t whose logits are wanted.
 
     Without rows the head does not run. With rows the model's own head runs on those positions alone, whatever it is
     made of (a transform, a tied decoder), up to its last linear layer; what follows (a scale, a cap) is found out.
+    `classify`: the logits wanted are those of the classes of the batch's rows.
     """
     inputs, causal = layout.inputs(model, batch), loading.causal(model.config)
     with tap(model, wanted) as seen:
+        if classify:
+            head = classifiers.logits(model, batch)
+            return Trace(dict(seen), seen.scaling, causal, head)
         if rows is None:
             model.base_model(**inputs)
             return Trace(dict(seen), seen.scaling, causal)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distill.models import Facts
     from distill.taps import Tap, Trace
 
-Head = Literal["mlm", "causal"]
+Head = Literal["mlm", "causal", "classify"]
 View = Literal["masked", "plain"]
 
 
@@ -26,6 +26,12 @@ class Needs(NamedTuple):
     head: Head | None = None
     target_head: bool = False
     view: View = "masked"
+
+
+def classifies(student: Facts) -> list[str]:
+    """What is wrong with a student that is to say which class a row is of."""
+    known = "classify" in student.kinds
+    return [] if known else [f"objective classify: transformers has no classification head for {student.family}"]
 
 
 class Objective(Protocol):

@@ -42,6 +42,12 @@ def scored(labels: Tensor, segments: Tensor, *, causal: bool) -> tuple[Tensor, T
     return rows, labels[rows]
 
 
+def classed(classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a known class [N], and their classes [N]; -100 is none."""
+    rows = (classes != IGNORED).nonzero().squeeze(1)
+    return rows, classes[rows]
+
+
 def sequence_means(segments: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     """Weights [N] of rows with which a sum is one of the sequences' means, and the number of those with any row."""
     names = torch.arange(len(segments), device=segments.device)[:, None] * (segments.max() + 1) + segments

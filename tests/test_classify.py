@@ -1,0 +1,279 @@
+"""Laws of classification: heads and their names, losses of classes, corpora with labels, and what a bad one gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch.nn.functional import cross_entropy, kl_div
+
+from distill import classifiers, corpus, models
+from distill.heads import Logits
+from distill.objectives import CrossEntropy, Divergence
+from distill.specs import CorpusSpec
+from distill.taps import Trace, trace
+from growth.errors import UserError
+
+CLASSES = ["cat", "dog", "eel"]
+FAMILIES = ["bert", "roberta", "distilbert", "modernbert", "gpt2", "llama", "gpt_neox", "gemma2"]
+
+
+def classifier(family: str, classes=CLASSES, seed: int = 0):
+    """A tiny random one."""
+    config = classifiers.named(tiny.config(family), classes)
+    config._attn_implementation = tiny.attentions(family)[0]
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (p if p.dim() == 1 else 0))
+    return model.eval()
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_of_a_row_are_those_transformers_makes_of_it_alone(family):
+    """Whatever stands beside it, on whichever side its padding is, however the batch is cut."""
+    model, lengths = classifier(family), [[7], [12], [3]]
+    batch = tiny.batch(lengths, length=15)
+    with torch.no_grad():
+        alone = torch.cat([model(batch["input_ids"][i : i + 1, :n]).logits for i, (n,) in enumerate(lengths)])
+        right = trace(model, batch, (), classify=True).logits
+        left = trace(model, tiny.batch(lengths, length=15, side="left"), (), classify=True).logits
+        longer = trace(model, tiny.batch(lengths, length=40), (), classify=True).logits
+        cut = trace(model, {key: value[1:2] for key, value in batch.items()}, (), classify=True).logits
+    assert alone.std() > 0.01
+    for found in (right, left, longer):
+        torch.testing.assert_close(found, alone, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(cut, alone[1:2], atol=2e-5, rtol=1e-4)
+
+
+def test_the_token_that_pads_may_end_a_document():
+    """GPT-2 pads with its end of text; transformers alone would take the token before it."""
+    model = classifier("gpt2")
+    model.config.pad_token_id = tiny.SEP
+    batch = tiny.batch([[5]], length=9)
+    batch["input_ids"][0, 4], batch["input_ids"][0, 5:] = tiny.SEP, tiny.SEP
+    with torch.no_grad():
+        found = trace(model, batch, (), classify=True).logits
+        hidden = model.transformer(batch["input_ids"][:, :5]).last_hidden_state[:, -1]
+        torch.testing.assert_close(found, model.score(hidden))
+
+
+def test_a_row_of_several_documents_is_refused():
+    with pytest.raises(UserError, match="packed: false"):
+        trace(classifier("bert"), tiny.batch([[3, 4]], length=9), (), classify=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept", [None, "own"])
+def test_a_head_that_is_not_there_is_made_new_from_the_seed(family, kept, tmp_path, capfd):
+    """Of base models and of language models alike; the rest of the weights are theirs."""
+    source = tiny.model(family, head=kept and tiny.head(family))
+    tiny.save(source, tmp_path / "source")
+    one, same, other = (started(tmp_path, seed, f"{i}") for i, seed in enumerate([1, 1, 2]))
+    assert "no classification head" in capfd.readouterr().err and classifiers.known(one.name_or_path) == CLASSES
+    has, body = source.base_model.state_dict(), one.base_model.state_dict()
+    assert all(body[name].equal(has[name]) for name in body.keys() & has.keys())
+    assert all(name.startswith("pooler.") for name in body.keys() ^ has.keys())
+    a, b, c = (model.state_dict() for model in (one, same, other))
+    assert all(a[name].equal(b[name]) for name in a) and any(not a[name].equal(c[name]) for name in a)
+
+
+def started(tmp_path: Path, seed: int, name: str):
+    """The classifier that training would start with."""
+    student = type("Student", (), {"origin": "x", "from_": "x"})
+    start = models.seed_checkpoint(
+        student, lambda _: tmp_path / "source", tmp_path / name, "classify", seed, classes=CLASSES
+    )
+    return classifiers.load(start, CLASSES)
+
+
+def test_a_head_keeps_its_names_through_start_and_export(tmp_path):
+    tiny.save(tiny.model("bert", head="mlm"), tmp_path / "source", tiny.tokenizer())
+    start = Path(started(tmp_path, 3, "start").name_or_path)
+    done = models.export(start, {}, tmp_path / "done")
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(done, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert list(model.config.id2label.values()) == CLASSES
+
+
+def test_a_head_in_another_order_is_put_into_the_one_asked_for(tmp_path):
+    model = classifier("roberta", ["eel", "cat", "dog"])
+    tiny.save(model, tmp_path)
+    batch = tiny.batch([[7], [12]], length=15)
+    with torch.no_grad():
+        has, asked = (trace(m, batch, (), classify=True).logits for m in (model, classifiers.load(tmp_path, CLASSES)))
+    assert asked.equal(has[:, [1, 2, 0]])
+
+
+@pytest.mark.parametrize("others", [["cat", "dog"], ["cat", "dog", "emu"]])
+def test_a_head_of_other_classes_is_refused_with_both_lists(others, tmp_path):
+    tiny.save(classifier("bert"), tmp_path)
+    with pytest.raises(UserError) as refused:
+        classifiers.load(tmp_path, others)
+    assert "cat, dog, eel" in str(refused.value) and ", ".join(others) in str(refused.value)
+
+
+def test_a_head_that_labels_tokens_is_not_taken_for_one_that_classifies(tmp_path):
+    config = classifiers.named(tiny.config("bert"), CLASSES)
+    tokens = transformers.BertForTokenClassification(config)
+    tokens.save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match="no classification head"):
+        classifiers.load(tmp_path / "source", CLASSES)
+    assert not started(tmp_path, 0, "start").classifier.weight.equal(tokens.classifier.weight)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def seen(logits) -> Trace:
+    return Trace({}, {}, False, Logits(logits))
+
+
+def test_cross_entropy_counts_the_rows_of_a_known_class():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    batch = {"classes": torch.tensor([2, -100, 0, 0, -100])}
+    objective, rows = CrossEntropy(objective="classify"), batch["classes"] >= 0
+    assert float(objective.count(batch)["classify"]) == 3
+    value = objective.terms(seen(logits), None, batch)["classify"]
+    expected = cross_entropy(logits[rows], batch["classes"][rows], reduction="sum")
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+    ours, theirs = (torch.autograd.grad(x, logits)[0] for x in (value, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_a_batch_without_a_class_costs_nothing_and_still_has_a_gradient():
+    logits = torch.randn(2, 3, requires_grad=True)
+    value = CrossEntropy(objective="classify").terms(seen(logits), None, {"classes": torch.tensor([-100, -100])})
+    assert value["classify"].item() == 0
+    assert torch.autograd.grad(value["classify"], logits)[0].equal(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_divergence_of_classes_is_over_every_row_and_reads_no_label(temperature):
+    torch.manual_seed(0)
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 3, dtype=torch.float64)
+    batch = {"sample_ids": torch.arange(5)}  # nothing else is there to be read
+    objective = Divergence(target="t", objective="classify", temperature=temperature)
+    assert float(objective.count(batch)["forward_kl"]) == 5
+    value = objective.terms(seen(logits), seen(teacher), batch)["forward_kl"]
+    p, q = ((x / temperature).log_softmax(1) for x in (teacher, logits))
+    expected = kl_div(q, p, log_target=True, reduction="sum")
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+    ours, theirs = (torch.autograd.grad(x, logits)[0] for x in (value, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+# --- corpora ----------------------------------------------------------------------------------------------------------
+
+WORDS = {"cat": "meow purr whiskers", "dog": "bark fetch tail", "eel": "slide river mud"}
+
+
+def records(n: int, unknown: int = 0) -> list[dict]:
+    """Texts whose class their words give away; every `unknown`-th has none."""
+    made = []
+    for i in range(n):
+        kind = CLASSES[i % 3]
+        words = " ".join(WORDS[kind].split()[(i + j) % 3] for j in range(2 + i % 5))
+        made.append({"text": f"{words} {i}", "animal": None if unknown and i % unknown == 0 else kind})
+    return made
+
+
+def write(path: Path, found: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in found))
+    return path
+
+
+def prepared(tmp_path: Path, source: Path | str, **changes) -> Path:
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    spec = CorpusSpec(
+        **{"source": str(source), "tokenizer": "t", "length": 40, "heldout": 0.2, "packed": False, **changes}
+    )
+    corpus.prepare(spec, tmp_path / "tokenizer", tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+def kinds(rows: corpus.Corpus) -> list[str | None]:
+    return [rows.classes[i] if i >= 0 else None for i in rows.labels]
+
+
+def test_every_row_has_the_class_of_its_document(tmp_path):
+    """Also the rows of a document that is longer than one."""
+    found = records(60, unknown=7)
+    found.append({"text": "meow " * 50, "animal": "cat"})
+    path = prepared(tmp_path, write(tmp_path / "a.jsonl", found), label="animal")
+    truth = {record["text"].strip(): record["animal"] for record in found}
+    for side in ("train", "heldout"):
+        rows = corpus.open(path, side)
+        assert rows.classes == CLASSES and len(rows.labels) == len(rows)
+        assert kinds(rows) == [truth[rows.texts[int(rows.spans[i][0][0])]] for i in range(len(rows))]
+    counts = [kinds(corpus.open(path, side)) for side in ("train", "heldout")]
+    assert sum(side.count(None) for side in counts) == 9 and sum(map(len, counts)) > 61
+
+
+def test_batches_carry_classes_where_they_are_to_be_predicted_and_nowhere_else(tmp_path):
+    path = prepared(tmp_path, write(tmp_path / "a.jsonl", records(60, unknown=7)), label="animal")
+    rows = corpus.open(path)
+    batch = corpus.Batches(rows, seed=0, objective="classify").at(range(20))
+    expected = [CLASSES.index(kind) if kind else -100 for kind in (kinds(rows)[i] for i in batch["sample_ids"])]
+    assert batch["classes"].tolist() == expected and (batch["labels"] == -100).all()
+    narrow = corpus.unpack(batch)
+    assert narrow["classes"].tolist() == expected
+    for objective in (None, "mlm", "causal"):
+        assert "classes" not in corpus.Batches(rows, seed=0, objective=objective).at(range(20))
+
+
+def test_parts_are_classes_and_only_those_asked_for_are_read(tmp_path):
+    for name in ("cat", "dog", "eel"):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{name}.txt").write_text("".join(f"{WORDS[name]} {i}\n" for i in range(20)))
+    path = prepared(tmp_path, tmp_path / "texts", label="part", parts=["dog", "eel"])
+    rows = corpus.open(path)
+    assert rows.classes == ["dog", "eel"]
+    assert all(part == kind for (_, part), kind in zip(rows.documents(), kinds(rows), strict=True))
+
+
+def test_other_names_are_another_corpus(tmp_path):
+    """Only the names of the classes differ, so the numbers are the same."""
+    for directory, names in (("one", CLASSES), ("two", ["ant", "bee", "cow"])):
+        (tmp_path / directory).mkdir()
+        found = [{**r, "animal": names[CLASSES.index(r["animal"])]} for r in records(60)]
+        prepared(tmp_path / directory, write(tmp_path / directory / "a.jsonl", found), label="animal")
+    one, two = (corpus.open(tmp_path / name / "corpus") for name in ("one", "two"))
+    assert (one.labels == two.labels).all() and one.digest != two.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": "beast"}, "label: beast gives no class"),
+        ({"label": "kingdom"}, "one class alone, 'animals'"),
+        ({"label": "weight"}, "a class is a name or a whole number, not a float"),
+        ({"label": "part", "parts": ["b"]}, "has no part 'b'"),
+    ],
+)
+def test_labels_that_are_none_are_refused(changes, message, tmp_path):
+    found = [{**record, "kingdom": "animals", "weight": 0.5} for record in records(60)]
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, write(tmp_path / "a.jsonl", found), **changes)
+
+
+def test_a_text_file_has_no_column(tmp_path):
+    (tmp_path / "a.txt").write_text("meow\n\nbark\n")
+    with pytest.raises(UserError, match="no column 'animal'; `label: part`"):
+        prepared(tmp_path, tmp_path / "a.txt", label="animal")
+
+
+def test_packed_rows_have_no_class():
+    with pytest.raises(ValueError, match="packed: false"):
+        CorpusSpec(source="x", tokenizer="t", label="part")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from distill import corpus, views, world
 from distill.corpus.masking import NONE
 from distill.hooks import Part, taking_part
-from distill.objectives.protocol import View
+from distill.objectives.protocol import Objective, View
+from distill.schedules import Progress, fixed
 from distill.taps import Trace
 from distill.targets import Targets, traced
 from growth.errors import UserError
 
-PROBE = 16  # tokens a row are enough to see which parameters a loss reaches
 HELDOUT_ROWS = 256  # of a curve: a few thousand scored tokens, a standard error of some hundredths of a nat
 HELDOUT_SEED = 0  # of its masks: a constant of the measure, not of the run
 
@@ -30,16 +30,23 @@ class Lesson(nn.Module):
         self.objectives = objectives
 
     def forward(
-        self, batch: dict, targets: dict[tuple[str, View], Trace], active: list[str], part: Part | None = None
+        self,
+        batch: dict,
+        targets: dict[tuple[str, View], Trace],
+        active: Mapping[str, Objective],
+        part: Part | None = None,
     ) -> dict[str, Tensor]:
-        """{objective.term: sum over this micro-batch} of the active objectives, as a part of the student meets them."""
+        """{objective.term: sum over this micro-batch} of the active objectives, as a part of the student meets them.
+
+        `active`: those that count at this step, with their schedules as the numbers that they are there.
+        """
         terms = {}
         with taking_part(self.student, part):
             for view, reading in views.wanted(self.objectives, active).items():
                 seen = traced(self.student, views.of(batch, view), reading.values(), "student")
                 for name in reading:
-                    taught = targets.get((self.objectives[name].target, view))
-                    found = self.objectives[name].terms(seen, taught, batch)
+                    taught = targets.get((active[name].target, view))
+                    found = active[name].terms(seen, taught, batch)
                     terms.update({f"{name}.{term}": value for term, value in found.items()})
         return terms
 
@@ -75,14 +82,15 @@ class Data:
 def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data, parts: Sequence[Part] = ()) -> list[str]:
     """Freeze what no objective reaches (MiniLM: the last output projection and FFN); returns the names.
 
-    Found by one backward pass over a few tokens (one for each part of the student that may be drawn): a parameter
-    without a gradient is outside the graph. Left in, ZeRO's flat partitions would decay it.
+    Found by one backward pass over one row (one for each part of the student that may be drawn): a parameter without a
+    gradient is outside the graph. Left in, ZeRO's flat partitions would decay it. The row is whole: a cache knows no
+    half documents.
     """
-    batch = {key: value[:1, :PROBE] if value.dim() == 2 else value[:1] for key, value in data(0)[0].items()}
+    batch = {key: value[:1] for key, value in data(0)[0].items()}
     lesson.to(data.device)
-    names = list(lesson.objectives)
+    active = {name: fixed(objective, Progress(0, 1)) for name, objective in lesson.objectives.items()}
     for part in parts or (None,):
-        total = sum(lesson(batch, targets(batch, names), names, part).values())
+        total = sum(lesson(batch, targets(batch, active), active, part).values())
         if not total.requires_grad:
             raise UserError("no loss reaches anything that is trained: the hooks freeze too much")
         total.backward()
@@ -119,7 +127,7 @@ class Heldout:
         self.student.eval()
         for batch in self.data(0):
             count += sum(float(n) for n in self.objective.count(batch).values())
-            total += sum(float(value) for value in run(batch, {}, [self.name]).values())
+            total += sum(float(value) for value in run(batch, {}, {self.name: self.objective}).values())
         self.student.train(dropout)
         total, count = world.agree(total, count)
         return total / max(count, 1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 T = TypeVar("T")
 Unit = Literal["steps", "tokens", "fraction", "flops"]
@@ -24,6 +24,9 @@ class Value(BaseModel):
     """A frozen piece of a recipe: its fields are the keys, nothing else is taken, text is never read as a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+V = TypeVar("V", bound=Value)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,13 @@ class Schedule(Value):
         return _between(y0, y1, (x - x0) / (x1 - x0), self.shapes[right - 1])
 
     @property
+    def value(self) -> float:
+        """Of a number, or of a schedule that `fixed` has made one."""
+        if not self.is_constant:
+            raise ValueError("a schedule has a value only at some progress")
+        return self.points[0][1]
+
+    @property
     def shapes(self) -> tuple[Shape, ...]:
         """One for every segment."""
         return (self.shape,) * (len(self.points) - 1) if isinstance(self.shape, str) else self.shape
@@ -105,6 +115,21 @@ class Schedule(Value):
     @classmethod
     def __get_pydantic_json_schema__(cls, core, handler) -> dict:
         return {"anyOf": [{"type": "number"}, handler(core)]}
+
+
+def _above_zero(schedule: Schedule) -> Schedule:
+    if min(y for _, y in schedule.points) <= 0:
+        raise ValueError("must be greater than 0 all the time")
+    return schedule
+
+
+Temperature = Annotated[Schedule, AfterValidator(_above_zero)]
+
+
+def fixed(value: V, progress: Progress) -> V:
+    """The same value with every schedule in it as the number that it is there."""
+    now = {name: Schedule.constant(field.at(progress)) for name, field in value if isinstance(field, Schedule)}
+    return value.model_copy(update=now)
 
 
 def _between(y0: float, y1: float, t: float, shape: Shape) -> float:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from distill import models, views, world
+from distill import cached, classifiers, models, views, world
 from distill.heads import Mixture
 from distill.objectives import scored
 from distill.objectives.protocol import Needs, Objective, View
+from distill.schedules import Progress, Schedule
 from distill.taps import Trace, trace
 
 
@@ -24,9 +26,6 @@ class Source(Protocol):
 
     def take(self, batch: dict, needs: list[Needs]) -> Trace:
         """What objectives want of these rows; no gradients are recorded."""
-
-    def moved(self, engine) -> None:
-        """The student has made a step."""
 
 
 class Online(Source):
@@ -53,11 +52,49 @@ class Ensemble(Source):
         return _trimmed(replace(traces[0], head=mixture), self.vocabulary)
 
 
+class Average(Source):
+    """A moving average of the student, as which it begins (Tarvainen & Valpola 2017, arXiv 1703.01780).
+
+    It is kept in float32, of the engine's full-precision weights, whole on every rank; it runs in the precision of the
+    run, as the student does.
+    """
+
+    def __init__(self, student: nn.Module, decay: Schedule, dtype: torch.dtype):
+        model = models.freeze(copy.deepcopy(student)).to(world.device())
+        self.decay, self.trained = decay, []
+        self.averages = {name: p.detach() for name, p in model.named_parameters()}  # `to` makes others of another dtype
+        self.models = (model.to(dtype),)
+
+    def take(self, batch: dict, needs: list[Needs]) -> Trace:
+        self.calls += 1
+        return traced(self.models[0], batch, needs, "target")
+
+    @torch.no_grad()
+    def moved(self, engine, progress: Progress) -> None:
+        """The student has made a step; collective."""
+        decay, running = self.decay.at(progress), dict(self.models[0].named_parameters())
+        self.trained = [name.removeprefix("student.") for name in engine.names]
+        for name, (_, weight) in zip(self.trained, engine.masters(), strict=True):
+            running[name].copy_(self.averages[name].lerp_(weight, 1 - decay))
+
+    def state(self) -> dict[str, Tensor]:
+        """Of what is trained; the rest is as it was at the start."""
+        return {name: self.averages[name] for name in self.trained}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        running, self.trained = dict(self.models[0].named_parameters()), list(state)
+        for name, average in state.items():
+            running[name].copy_(self.averages[name].copy_(average))
+
+
 def traced(model: nn.Module, batch: dict, needs: Iterable[Needs], side: str) -> Trace:
     """What a model gives for what objectives need of this side, `student` or `target`."""
     needs = list(needs)
     wanted = sorted({tap for need in needs for tap in getattr(need, side)})
     heads = {need.head for need in needs if need.head and (side == "student" or need.target_head)}
+    if "classify" in heads:
+        return trace(model, batch, wanted, classify=True)
     rows = scored(batch["labels"], batch["segment_ids"], causal="causal" in heads)[0] if heads else None
     return trace(model, batch, wanted, rows)
 
@@ -69,18 +106,31 @@ def _trimmed(found: Trace, vocabulary: int | None) -> Trace:
 def opened(name: str, stage) -> Source:
     """The source of a target of a training stage, by what its recipe says."""
     spec = stage.spec.targets[name]
+    if spec.cache:
+        return cached.opened(spec, stage.context, stage.corpus)
     needs = [objective.needs() for objective in stage.objectives.values() if objective.target == name]
     head = next((need.head for need in needs if need.target_head), None)
-    members = [_teacher(reference, head, stage.context) for reference in spec.models]
+    if spec.ema:
+        return Average(stage.student, spec.ema, precision(stage.context.recipe.engine))
+    members = [frozen(reference, head, stage.context, stage.classes) for reference in spec.models]
     return Ensemble(members, spec.combine) if spec.ensemble else Online(*members)
 
 
-def _teacher(reference: str, head: str | None, context) -> nn.Module:
-    """A frozen model in the precision of the run, with its head if an objective asks for its logits."""
+def frozen(reference: str, head: str | None, context, classes: Sequence[str] | None = None) -> nn.Module:
+    """A frozen model in the precision of the run, with its head if an objective asks for its logits.
+
+    A head that classifies has these classes, in this order.
+    """
     known = context.recipe.models.get(reference)
-    dtype = (known and known.dtype) or {"fp32": "float32", "bf16": "bfloat16"}[context.recipe.engine.precision]
-    model = models.load(context.model(reference), head, getattr(torch, dtype))
+    asked = known and known.dtype
+    path, dtype = context.model(reference), getattr(torch, asked) if asked else precision(context.recipe.engine)
+    model = classifiers.load(path, classes, dtype) if head == "classify" else models.load(path, head, dtype)
     return models.freeze(model).to(world.device())
+
+
+def precision(engine) -> torch.dtype:
+    """That of forward passes."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[engine.precision]
 
 
 class Targets:
@@ -111,7 +161,20 @@ class Targets:
             for (target, view), needs in asked.items()
         }
 
-    def moved(self, engine) -> None:
+    def moved(self, engine, progress: Progress) -> None:
         """The student has made a step."""
-        for source in self.sources.values():
-            source.moved(engine)
+        for average in self._averages.values():
+            average.moved(engine, progress)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What a snapshot keeps: {file: what is in it}."""
+        return {file: average.state() for file, average in self._averages.items()}
+
+    def load(self, read: Callable[[str], Mapping[str, Tensor]]) -> None:
+        """Put back what `state` gave; `read` takes the name of a file."""
+        for file, average in self._averages.items():
+            average.load(read(file))
+
+    @property
+    def _averages(self) -> dict[str, Average]:
+        return {f"average-{name}": source for name, source in self.sources.items() if isinstance(source, Average)}

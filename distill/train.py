@@ -7,20 +7,20 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from distill import corpus, extent, hooks, layout, models, snapshot, sources, world
+from distill import classifiers, corpus, extent, hooks, layout, models, snapshot, sources, world
 from distill.cost import Cost, as_much_as, cost_of
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
 from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, freeze_unreachable, named_losses
+from distill.objectives import Objective
 from distill.preflight import micro_batch
-from distill.schedules import Progress
+from distill.schedules import Progress, fixed
 from distill.targets import Targets, opened
 from growth import console
 from growth.console import count
@@ -62,10 +62,12 @@ class Stage:
         self.spec, self.context, self.directory = spec, context, directory
         self.objectives = named_losses(spec)
         headed = next((o for o in self.objectives.values() if o.needs().head), None)
-        self.head, self.mask = (headed.needs().head, headed.mask) if headed else (None, None)
+        self.head = headed and headed.needs().head
+        self.mask = headed.mask if self.head == "mlm" else None
         self.micro_batch = micro_batch(context.recipe.engine, spec.optim, world.size())
-        self.start = world.first(self._make_start) or directory / "start"
         self.corpus = corpus.open(context.corpus(spec.corpus), "train")
+        self.classes = self._classes() if self.head == "classify" else None
+        self.start = world.first(self._make_start) or directory / "start"
         self.hooks = spec.hook_values()
         self.cost = self._cost()
         self.offset = extent.offset(spec, context)
@@ -74,7 +76,8 @@ class Stage:
         self.student.train(spec.dropout)
         self.lesson = Lesson(self.student, self.objectives)
         self.targets = Targets({name: opened(name, self) for name in spec.targets}, self.objectives)
-        self.packed = all(layout.packable(model.config) for model in (self.student, *self.targets.models))
+        several = all(layout.packable(model.config) for model in (self.student, *self.targets.models))
+        self.packed = several and self.head != "classify"  # unpacked rows are as long as the longest of them
         self.data = self._data()
         self.heldout = self._heldout() if spec.evaluate_every else None
         self.log = directory / "log.jsonl"
@@ -82,14 +85,24 @@ class Stage:
     def _make_start(self) -> Path:
         start = self.directory / "start"
         if not start.exists():
-            corpus = self.context.corpus(self.spec.corpus)
-            models.seed_checkpoint(self.spec.student, self.context.model, start, self.head, self.context.seed, corpus)
+            student, seed = self.spec.student, self.context.seed
+            models.seed_checkpoint(
+                student, self.context.model, start, self.head, seed, self.corpus.path, classes=self.classes
+            )
         return start
 
+    def _classes(self) -> list[str]:
+        """Those of the corpus, or else of the first teacher; all others must have the same ones."""
+        teachers = [reference for target in self.spec.targets.values() for reference in target.models]
+        return self.corpus.classes or classifiers.known(self.context.model(teachers[0]))
+
     def _cost(self) -> Cost:
-        facts = lambda reference: models.facts(self.context.model(reference))  # noqa: E731
-        teachers = {name: tuple(map(facts, target.models)) for name, target in self.spec.targets.items()}
-        return cost_of(self.spec, models.facts(self.start), teachers, self.corpus.length)
+        student = models.facts(self.start)
+        teachers = {
+            name: (student,) if t.ema else tuple(models.facts(self.context.model(reference)) for reference in t.models)
+            for name, t in self.spec.targets.items()
+        }
+        return cost_of(self.spec, student, teachers, self.corpus.length)
 
     def _data(self) -> Data:
         batches = corpus.Batches(self.corpus, self.context.seed, self.head)
@@ -132,6 +145,9 @@ class Stage:
             "flops": last["flops"],
             "flops_before": before,
             "teacher_flops": last["teacher_flops"],
+            "teacher_forwards": {
+                name: sum(entry["teacher_forwards"][name] for entry in entries) for name in self.spec.targets
+            },
             "seconds": round(seconds, 2),
             "tokens_per_second": last["tokens"] / seconds,
             **({"heldout": last["heldout"]} if "heldout" in last else {}),
@@ -161,10 +177,12 @@ class Stage:
         """Of the latest snapshot, or of a fresh start from the seed checkpoint."""
         found = snapshot.latest(self.directory / "snapshots")
         if found is None:
-            world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes())))
+            averages = [engine.shapes() for _ in self.targets.state()]
+            world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes(), *averages)))
             return Spent()
         updates = partial(hooks.updates, self.cost.parts, self.context.seed)
         manifest = snapshot.restore(found, engine, self.belongs(), updates)
+        self.targets.load(partial(snapshot.beside, found))
         world.first(lambda: _forget_after(self.log, manifest["step"]))
         return Spent.of({**manifest["cursor"], "step": manifest["step"]})
 
@@ -175,7 +193,8 @@ class Stage:
 
     def _save(self, engine: Engine, spent: Spent) -> None:
         cursor = {**asdict(spent), "position": self._position(spent.step)}
-        snapshot.save(self.directory / "snapshots", spent.step, engine, self.belongs(), cursor, self.spec.keep)
+        parent, beside = self.directory / "snapshots", self.targets.state()
+        snapshot.save(parent, spent.step, engine, self.belongs(), cursor, self.spec.keep, beside)
 
     def _loop(self, engine: Engine, spent: Spent) -> None:
         with (
@@ -205,17 +224,18 @@ class Stage:
         torch.manual_seed(hash((self.context.seed, step, world.rank())))  # dropout: a function of these three
         progress = Progress(step=step, steps=self.steps, tokens=spent.tokens, flops=spent.flops)
         part = hooks.drawn(self.cost.parts, self.context.seed, step)
-        weights = self._weights(progress)
+        active, before = self._active(progress), self.targets.calls
         batches = self.data(step, self.mask.at(progress) if self.mask else None)
-        counts, real = self._count(batches, weights)
-        sums, teaching = self._learn(engine, batches, weights, counts, part)
+        counts, real = self._count(batches, active)
+        sums, teaching = self._learn(engine, batches, active, counts, part)
         *totals, stop = world.agree(*sums.values(), float(stopped()))
         means = {key: total / counts[key] for key, total in zip(sums, totals, strict=True)}
         self._insist_on_finite(means, step)
         lr = self.spec.lr.at(progress)
         norm = engine.step(lr, part)
+        self.targets.moved(engine, progress)
         seconds = time.perf_counter() - began
-        taught = {target for name in weights if (target := self.objectives[name].target)}
+        taught = {objective.target for objective in active.values() if objective.target}
         return {
             "step": step + 1,
             "tokens": spent.tokens + int(real),
@@ -224,41 +244,43 @@ class Stage:
             "lr": lr,
             "grad_norm": norm,
             "terms": means,
-            "weights": weights,
+            "weights": {name: objective.weight.value for name, objective in active.items()},
             **({"depth": part.depth} if part else {}),
             "tokens_per_second": real / seconds,
             "seconds": seconds,
             "teacher_share": teaching / seconds,
+            "teacher_forwards": {name: n - before[name] for name, n in self.targets.calls.items()},
             "memory": memory(),
         }, bool(stop)
 
-    def _weights(self, progress: Progress) -> dict[str, float]:
-        """Of the objectives that count at this step; the others, and teachers that only they need, do not run."""
-        weights = {name: objective.weight.at(progress) for name, objective in self.objectives.items()}
-        active = {name: weight for name, weight in weights.items() if weight}
+    def _active(self, progress: Progress) -> dict[str, Objective]:
+        """The objectives that count at this step, as they are there; others, and teachers only for them, do not run."""
+        now = {name: fixed(objective, progress) for name, objective in self.objectives.items()}
+        active = {name: objective for name, objective in now.items() if objective.weight.value}
         if not active:
             raise UserError(f"{self.directory.name}: every loss has weight 0 at step {progress.step + 1}")
         return active
 
-    def _learn(self, engine: Engine, batches: list[dict], weights: dict, counts: dict, part) -> tuple[dict, float]:
+    def _learn(self, engine: Engine, batches: list[dict], active: dict, counts: dict, part) -> tuple[dict, float]:
         """Gradients of all micro-batches; returns this rank's sum of every term and the seconds spent in teachers."""
         sums, teaching = Counter(), 0.0
         for batch in batches:
             asked = time.perf_counter()
-            targets = self.targets(batch, list(weights))
+            targets = self.targets(batch, active)
             teaching += time.perf_counter() - asked
-            terms = engine(batch, targets, list(weights), part)
-            engine.backward(sum(weights[key.split(".")[0]] * value / counts[key] for key, value in terms.items()))
+            terms = engine(batch, targets, active, part)
+            weights = {key: active[key.split(".")[0]].weight.value for key in terms}
+            engine.backward(sum(weights[key] * value / counts[key] for key, value in terms.items()))
             sums.update({key: float(value.detach()) for key, value in terms.items()})
         return sums, teaching
 
-    def _count(self, batches: list[dict], active: Iterable[str]) -> tuple[dict[str, float], float]:
+    def _count(self, batches: list[dict], active: dict) -> tuple[dict[str, float], float]:
         """The denominators of the whole step, over all micro-batches and ranks, before any forward pass; its tokens."""
         counts: Counter = Counter()
         for batch in batches:
             counts["tokens"] += int((batch["segment_ids"] > 0).sum())
-            for name in active:
-                counts.update({f"{name}.{k}": float(n) for k, n in self.objectives[name].count(batch).items()})
+            for name, objective in active.items():
+                counts.update({f"{name}.{k}": float(n) for k, n in objective.count(batch).items()})
         whole = dict(zip(counts, world.agree(*counts.values()), strict=True))
         tokens = whole.pop("tokens")
         return {key: max(n, 1.0) for key, n in whole.items()}, tokens  # nothing to count: the sum is 0, and so the mean

@@ -74,15 +74,15 @@ class Run:
 
     def step(self, step: int, spoil: float = 1.0) -> float:
         """One update; returns the global loss."""
-        names, batches, loss = list(self.lesson.objectives), self.data(step), 0.0
+        active, batches, loss = self.lesson.objectives, self.data(step), 0.0
         counts = {}
         for batch in batches:
-            for name in names:
-                for k, n in self.lesson.objectives[name].count(batch).items():
+            for name, objective in active.items():
+                for k, n in objective.count(batch).items():
                     counts[f"{name}.{k}"] = counts.get(f"{name}.{k}", 0.0) + float(n)
         counts = dict(zip(counts, world.agree(*counts.values()), strict=True))
         for batch in batches:
-            terms = self.engine(batch, self.targets(batch, names), names)
+            terms = self.engine(batch, self.targets(batch, active), active)
             share = sum(value / counts[key] for key, value in terms.items())
             self.engine.backward(share * spoil)
             loss += float(share.detach())

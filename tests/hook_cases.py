@@ -52,7 +52,7 @@ class Run:
         batches = self.data(step)
         (count,) = world.agree(sum(float(self.lesson.objectives["ce"].count(batch)["mlm"]) for batch in batches))
         for batch in batches:
-            self.engine.backward(self.engine(batch, {}, ["ce"], part)["ce.mlm"] / count)
+            self.engine.backward(self.engine(batch, {}, self.lesson.objectives, part)["ce.mlm"] / count)
         self.norms.append(self.engine.step(LR, part))
 
     def state(self) -> dict:

@@ -564,7 +564,7 @@ def test_a_lesson_compares_the_heads_of_student_and_teacher():
     student, teacher = tiny.model("qwen2", "causal"), freeze(tiny.model("gemma2", "causal", hidden_size=36, seed=1))
     lesson, targets = Lesson(student, objectives), Targets({"t": Online(teacher)}, objectives)
     batch = tiny.batch([[7], [4]], 9)
-    (term,) = lesson(batch, targets(batch, ["divergence"]), ["divergence"]).values()
+    (term,) = lesson(batch, targets(batch, objectives), objectives).values()
     mask = batch["segment_ids"] > 0
     logits = [m(input_ids=batch["input_ids"], attention_mask=mask.long()).logits for m in (student, teacher)]
     pairs = zip(*([x[0, :6], x[1, :3]] for x in logits), strict=True)  # each token that has a next one in its row

@@ -42,9 +42,9 @@ def plain() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss(lesson, targets, batch) -> torch.Tensor:
-    names = list(lesson.objectives)
-    counts = {f"{n}.{k}": float(c) for n in names for k, c in lesson.objectives[n].count(batch).items()}
-    return sum(value / counts[key] for key, value in lesson(batch, targets(batch, names), names).items())
+    active = lesson.objectives
+    counts = {f"{name}.{k}": float(n) for name, o in active.items() for k, n in o.count(batch).items()}
+    return sum(value / counts[key] for key, value in lesson(batch, targets(batch, active), active).items())
 
 
 @every_cell

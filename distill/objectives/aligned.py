@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from distill.objectives.protocol import Needs
-from distill.schedules import Schedule, Value
+from distill.schedules import Schedule, Temperature, Value
 
 Kind = Literal["likelihood", "shared", "sorted"]
 
@@ -23,7 +23,7 @@ class Aligned(Value):
 
     target: str = Field(description="a teacher, by its name in targets")
     kind: Kind = Field("likelihood", description="likelihood: of spans; shared, sorted: of what comes next")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="divides log-likelihoods, or logits")
+    temperature: Temperature = Field(Schedule.constant(1.0), description="divides log-likelihoods, or logits")
     weight: Schedule = Field(Schedule.constant(1.0), description="factor on this loss")
 
     def needs(self) -> Needs:
@@ -54,5 +54,5 @@ class Aligned(Value):
             Predicted.of(trace.logits, *side)
             for trace, *side in zip((student, target), ids, segments, spans, strict=True)
         ]
-        shared = batch.get(f"{self.target}.shared")
-        return {self.kind: aligned_sum(*sides, self.kind, self.temperature, None if shared is None else shared[0])}
+        shared = batch[f"{self.target}.shared"][0]  # [2, K]
+        return {self.kind: aligned_sum(*sides, self.kind, self.temperature.value, shared)}

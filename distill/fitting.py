@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.corpus import tokens
 from distill.kinds import Stage
+from distill.refine.cache import teachers
 
 BROUGHT = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -28,26 +29,36 @@ class Text:
     def vocabulary(self) -> int:
         return tokens.facts(self.tokenizer).vocabulary if self.tokenizer else self.spec.tokenizer.train.vocab
 
+    def too_long(self, who: str, facts) -> Iterator[str]:
+        if facts.positions and self.spec.length > facts.positions:
+            yield (
+                f"corpora.{self.name}.length: {self.spec.length} tokens, but {who} has positions for {facts.positions}"
+            )
+
+    def beyond(self, who: str, facts) -> Iterator[str]:
+        """What of it a model has no place for."""
+        yield from self.too_long(who, facts)
+        if facts.vocab < self.vocabulary:
+            yield f"corpora.{self.name}.tokenizer: {self.vocabulary} ids, but {who} knows {facts.vocab}"
+
+    def foreign(self, reference: str) -> Iterator[str]:
+        """Why its ids are not those that a model or stage has learned."""
+        if origin := _origin(reference, self.planned):
+            yield from _other_ids(self, origin, self.planned)
+
 
 def of_training(stage: Stage, planned, models: dict) -> Iterator[str]:
     """Every reason why these {who: facts} cannot read the corpus of a training stage."""
     text = Text(stage.train.corpus, planned)
     for who, facts in models.items():
-        yield from too_long(text, who, facts)
-        if facts.vocab < text.vocabulary:
-            yield f"corpora.{text.name}.tokenizer: {text.vocabulary} ids, but {who} knows {facts.vocab}"
-    for name in sorted({origin for reference in _learned(stage) if (origin := _origin(reference, planned))}):
-        yield from _other_ids(text, name, planned)
+        yield from text.beyond(who, facts)
+    yield from dict.fromkeys(line for reference in _learned(stage, planned) for line in text.foreign(reference))
 
 
-def too_long(text: Text, who: str, facts) -> Iterator[str]:
-    if facts.positions and text.spec.length > facts.positions:
-        yield f"corpora.{text.name}.length: {text.spec.length} tokens, but {who} has positions for {facts.positions}"
-
-
-def _learned(stage: Stage) -> Iterator[str]:
-    """The models whose weights are used."""
-    yield from (reference for target in stage.train.targets.values() for reference in target.models)
+def _learned(stage: Stage, planned) -> Iterator[str]:
+    """The models whose weights are used, or what they said when it was written down."""
+    for target in stage.train.targets.values():
+        yield from teachers(planned.recipe, target)
     yield from [stage.origin] if stage.origin else []
 
 

@@ -16,6 +16,21 @@ def row_keys(ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
     return _keys(_packed(row[s > 0]) + _packed(_starts(s[s > 0])) for row, s in zip(ids, segments, strict=True))
 
 
+def documents(ids: np.ndarray, segments: np.ndarray) -> list[np.ndarray]:
+    """The documents of rows [B, T], in the order in which they stand; how they share rows does not matter."""
+    found = []
+    for row, numbers in zip(ids, segments, strict=True):
+        starts = _starts(numbers)
+        pieces = zip(np.split(row, starts)[1:], numbers[starts], strict=True)
+        found += [piece for piece, number in pieces if number > 0]
+    return found
+
+
+def document_keys(documents: list[np.ndarray]) -> np.ndarray:
+    """Of documents alone in their rows [N, 16]."""
+    return row_keys(documents, [np.ones_like(document) for document in documents])
+
+
 def pair_keys(pairs: Iterable[tuple[str, str]]) -> np.ndarray:
     """Of pairs of texts [N, 16]."""
     encoded = ((one.encode(), other.encode()) for one, other in pairs)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import growth
-from distill import fitting, growing, world
+from distill import fitting, growing, labels, world
 from distill.cost import Cost, cost_of
 from distill.kinds import CutSpec, OptimSpec, Stage, StudentSpec
 from distill.operators import Cut, Given
 from distill.recipe import Recipe
+from distill.refine import cache
 from distill.specs import EngineSpec
 from growth import files
 from growth.anatomy import dissect
@@ -95,7 +96,15 @@ class Planned:
 
     def teachers(self, stage: Stage) -> dict[str, tuple]:
         """{target: facts of the models that run for it}."""
-        return {name: tuple(map(self.facts, target.models)) for name, target in stage.train.targets.items()}
+        return {
+            name: (self.student_facts(stage.id),) if target.ema else tuple(map(self.facts, target.models))
+            for name, target in stage.train.targets.items()
+        }
+
+    def said(self, stage: Stage) -> dict[str, tuple]:
+        """{target: facts of the models whose values it hands over}, some of which may have run earlier."""
+        kept = {name: cache.teachers(self.recipe, target) for name, target in stage.train.targets.items()}
+        return self.teachers(stage) | {name: tuple(map(self.facts, models)) for name, models in kept.items() if models}
 
     def _measure(self, config: dict[str, Any]):
         """Each different config is built once, on the meta device."""
@@ -155,20 +164,22 @@ def _of_data(stage: Stage, planned: Planned) -> Iterator[str]:
 def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
     try:
         student = planned.student_facts(stage.id)
-        teachers = planned.teachers(stage)
+        teachers, said = planned.teachers(stage), planned.said(stage)
     except UserError as error:
         return [f"stages.{stage.id}.train.student: {error}"]
     losses = [
         f"stages.{stage.id}.train.loss.{i}.{name}: {what}"
         for i, (name, objective) in enumerate(stage.train.objectives())
-        for facts in (teachers[objective.target] if objective.target else (None,))
+        for facts in (said[objective.target] if objective.target else (None,))
         for what in objective.check(student, facts)
     ]
     models = {"the student": student} | {
         f"target {name}": facts for name, several in teachers.items() for facts in several
     }
     own = [*_of_batch(stage, planned, ranks), *_of_hooks(stage, student), *_of_curve(stage, planned)]
-    rest = [*own, *fitting.of_training(stage, planned, models)]
+    own += _of_average(stage, planned)
+    rest = [*own, *fitting.of_training(stage, planned, models), *cache.misfits(stage, planned.recipe)]
+    rest += labels.of_training(stage, planned.recipe)
     return [*losses, *(f"stages.{stage.id}.train: {what}" for what in rest)]
 
 
@@ -191,6 +202,12 @@ def _of_curve(stage: Stage, planned: Planned) -> Iterator[str]:
         yield f"evaluate_every: nothing of corpora.{name} is held out; set its `heldout`"
 
 
+def _of_average(stage: Stage, planned: Planned) -> Iterator[str]:
+    averaged = [name for name, target in stage.train.targets.items() if target.ema]
+    if averaged and planned.recipe.engine.zero == 3:
+        yield f"targets.{averaged[0]}.ema: on ZeRO 3 no rank has all of the student to average; engine.zero 0, 1 or 2"
+
+
 def micro_batch(engine: EngineSpec, optim: OptimSpec, ranks: int) -> int:
     """Rows of one forward pass on one rank: the recipe's, or all of the step at once."""
     rows = engine.micro_batch or max(optim.batch // ranks, 1)
@@ -204,7 +221,5 @@ def micro_batch(engine: EngineSpec, optim: OptimSpec, ranks: int) -> int:
 
 def _of_evaluation(stage: Stage, planned: Planned) -> list[str]:
     text = fitting.Text(stage.evaluate.data, planned)
-    wrong = (
-        fitting.too_long(text, label, planned.facts(reference)) for label, reference in stage.evaluate.rows.items()
-    )
+    wrong = (text.too_long(label, planned.facts(reference)) for label, reference in stage.evaluate.rows.items())
     return [f"stages.{stage.id}.evaluate: {what}" for found in wrong for what in found]

@@ -57,9 +57,11 @@ def _read(path: Path) -> tuple[About, dict]:
     return About(manifest["kind"], columns, manifest["producers"], manifest["corpus_digest"]), manifest
 
 
-def forecast(columns: Mapping[str, Column], rows: int, length: float = 1.0) -> int:
-    """Bytes that so many rows will take; `length` is the mean number of values of a row in a ragged column."""
-    return round(rows * (16 + sum(c.nbytes * length + 8 if c.ragged else c.nbytes for c in columns.values())))
+def forecast(columns: Mapping[str, Column], rows: int, length: float | Mapping[str, float] = 1.0) -> int:
+    """Bytes that so many rows will take; `length`: how many values a row has in a ragged column (or in each), mean."""
+    long = length if isinstance(length, Mapping) else dict.fromkeys(columns, length)
+    each = (c.nbytes * long[name] + 8 if c.ragged else c.nbytes for name, c in columns.items())
+    return round(rows * (16 + sum(each)))
 
 
 class Writer:

@@ -40,6 +40,13 @@ def weights_sha256(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def weights_of(reference: str, context) -> str:
+    """sha256 of the weights of a model or stage; those that the recipe pins were compared when they were found."""
+    known = context.recipe.models.get(reference)
+    path = context.model(reference)
+    return (known and known.sha256) or weights_sha256(path)
+
+
 def _here(source: str, revision: str | None) -> Path | None:
     if source.startswith("package:"):
         return _in_package(source)

@@ -15,16 +15,20 @@ def columns(k: int, dtype: str = "float32") -> dict[str, Column]:
     return {
         "ids": Column("int32", (k,), ragged=True, unit="token"),
         "log_probs": Column(dtype, (k,), ragged=True, unit="nat"),
-        "rest": Column(dtype, ragged=True, unit="probability"),
+        "rest": Column(dtype, ragged=True, unit="nat"),  # a logarithm: half of a probability of 1e-7 would be gone
     }
 
 
 def check(ids: np.ndarray, log_probs: np.ndarray, rest: np.ndarray, vocabulary: int) -> None:
-    """Refuse what is no distribution over this vocabulary: ids and log-probabilities [N, k], remaining mass [N]."""
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise UserError(f"cached token ids {ids.min()} to {ids.max()}; the vocabulary ends at {vocabulary - 1}")
+    """Refuse what is no distribution over this vocabulary: ids and log-probabilities [N, k], that of the others [N]."""
+    check_ids(ids, vocabulary)
     if (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any():
         raise UserError("a cached distribution has a token twice")
-    off = np.abs(np.exp(log_probs.astype(np.float64)).sum(-1) + rest - 1)
-    if not ((rest >= -TOLERANCE) & (off <= TOLERANCE)).all():  # NaN is not within it
+    off = np.abs(np.exp(log_probs.astype(np.float64)).sum(-1) + np.exp(rest.astype(np.float64)) - 1)
+    if not (off <= TOLERANCE).all():  # NaN is not within it
         raise UserError(f"cached probabilities do not sum to 1: off by up to {off.max():.3g}")
+
+
+def check_ids(ids: np.ndarray, vocabulary: int) -> None:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise UserError(f"cached token ids {ids.min()} to {ids.max()}; the vocabulary ends at {vocabulary - 1}")

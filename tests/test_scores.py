@@ -295,15 +295,15 @@ def test_a_cached_distribution_is_checked():
 
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]])
     best = p.topk(2)
-    ids, log_probs, rest = best.indices.numpy(), best.values.log().numpy(), (1 - best.values.sum(1)).numpy()
+    ids, log_probs, rest = best.indices.numpy(), best.values.log().numpy(), (1 - best.values.sum(1)).log().numpy()
     topk.check(ids, log_probs, rest, 4)
     topk.check(ids, log_probs.astype(np.float16), rest.astype(np.float16), 4)
     for wrong, said in [
         ((ids, log_probs, rest, 3), "vocabulary ends at 2"),
         ((ids - 1, log_probs, rest, 4), "ids -1 to"),
         ((ids * 0, log_probs, rest, 4), "twice"),
-        ((np.array([[1, 0, 1]]), np.log([[0.3, 0.3, 0.3]]), np.array([0.1]), 4), "twice"),
-        ((ids, log_probs, rest + 0.1, 4), "do not sum to 1: off by up to 0.1"),
+        ((np.array([[1, 0, 1]]), np.log([[0.3, 0.3, 0.3]]), np.log([0.1]), 4), "twice"),
+        ((ids, log_probs, np.log(np.exp(rest) + 0.1), 4), "do not sum to 1: off by up to 0.1"),
         ((ids, log_probs * np.nan, rest, 4), "do not sum"),
     ]:
         with pytest.raises(UserError, match=said):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from distill.refine.cache import Cache
+from distill.refine.label import Label
 from distill.refine.operation import DataOp
 
-OPS: dict[str, type[DataOp]] = {}
+OPS: dict[str, type[DataOp]] = {"cache": Cache, "label": Label}
 
 __all__ = ["OPS", "DataOp"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distill import cached, classifiers, models, views, world
+from distill import cached, models, views, world
+from distill.frozen import frozen, precision
 from distill.heads import Mixture
 from distill.objectives import scored
 from distill.objectives.protocol import Needs, Objective, View
@@ -114,23 +115,6 @@ def opened(name: str, stage) -> Source:
         return Average(stage.student, spec.ema, precision(stage.context.recipe.engine))
     members = [frozen(reference, head, stage.context, stage.classes) for reference in spec.models]
     return Ensemble(members, spec.combine) if spec.ensemble else Online(*members)
-
-
-def frozen(reference: str, head: str | None, context, classes: Sequence[str] | None = None) -> nn.Module:
-    """A frozen model in the precision of the run, with its head if an objective asks for its logits.
-
-    A head that classifies has these classes, in this order.
-    """
-    known = context.recipe.models.get(reference)
-    asked = known and known.dtype
-    path, dtype = context.model(reference), getattr(torch, asked) if asked else precision(context.recipe.engine)
-    model = classifiers.load(path, classes, dtype) if head == "classify" else models.load(path, head, dtype)
-    return models.freeze(model).to(world.device())
-
-
-def precision(engine) -> torch.dtype:
-    """That of forward passes."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[engine.precision]
 
 
 class Targets:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from distill import layout, loading
 from distill.heads import Logits
 from growth.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.corpus.store import Corpus
+
+ROWS = 32  # of one forward pass
 
 
 def names(config) -> list[str] | None:
@@ -86,6 +92,19 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Logits:
     hidden = model.base_model(**inputs).last_hidden_state  # [B, T, D]
     last = (batch["segment_ids"] > 0).sum(1).clamp_min(1) - 1
     return Logits(_last(model)(hidden[torch.arange(len(last), device=last.device), last]))
+
+
+def over(model: nn.Module, corpus: Corpus, rows: Sequence[int]) -> Tensor:
+    """The same for rows of a corpus, in their order: [N, C] float32 on the CPU."""
+    return torch.cat([_of_rows(model, corpus, rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)])
+
+
+@torch.inference_mode()
+def _of_rows(model: nn.Module, corpus: Corpus, rows: Sequence[int]) -> Tensor:
+    ids, segments = (torch.from_numpy(values) for values in corpus.block(rows))
+    longest = int((segments > 0).sum(1).max())  # what is behind it in every row is padding
+    batch = {"input_ids": ids[:, :longest], "segment_ids": segments[:, :longest]}
+    return logits(model, {name: x.to(model.device) for name, x in batch.items()}).whole().float().cpu()
 
 
 def _flush(batch: dict[str, Tensor]) -> dict[str, Tensor]:

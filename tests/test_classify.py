@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from distill import classifiers, corpus, models
 from distill.heads import Logits
 from distill.objectives import CrossEntropy, Divergence
+from distill.refine.label import Label
 from distill.specs import CorpusSpec
 from distill.taps import Trace, trace
 from growth.errors import UserError
@@ -277,3 +278,64 @@ def test_a_text_file_has_no_column(tmp_path):
 def test_packed_rows_have_no_class():
     with pytest.raises(ValueError, match="packed: false"):
         CorpusSpec(source="x", tokenizer="t", label="part")
+
+
+# --- labels of a teacher ----------------------------------------------------------------------------------------------
+
+
+class Place:
+    """As much of a run's context as an operation asks for."""
+
+    def __init__(self, teacher: Path):
+        self.model = lambda reference: teacher
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    """A corpus of which some classes are known, and a teacher of the same classes in another order."""
+    tiny.save(classifier("bert", ["eel", "cat", "dog"]), tmp_path / "teacher", tiny.tokenizer())
+    return prepared(tmp_path, write(tmp_path / "a.jsonl", records(90, unknown=4)), label="animal")
+
+
+def said(path: Path, teacher: Path, side: str):
+    """What the teacher makes of every row, one at a time, through transformers alone."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    rows = corpus.open(path, side)
+    alone = (torch.from_numpy(ids[segments > 0])[None] for ids, segments in map(rows.row, range(len(rows))))
+    with torch.no_grad():
+        p = torch.cat([model(ids).logits.softmax(1) for ids in alone])
+    return [model.config.id2label[i] for i in p.argmax(1).tolist()], p.max(1).values
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.7])
+def test_labels_are_the_teachers_argmax_of_the_rows_it_is_sure_of(confidence, unlabelled, tmp_path):
+    Label(teacher="t", confidence=confidence).apply(unlabelled, tmp_path / "out", Place(tmp_path / "teacher"))
+    for side in ("train", "heldout"):
+        before, after = corpus.open(unlabelled, side), corpus.open(tmp_path / "out", side)
+        names, sure = said(unlabelled, tmp_path / "teacher", side)
+        rows = [i for i in range(len(before)) if sure[i] >= confidence]
+        assert len(rows) < len(before) or not confidence or side == "heldout"
+        assert after.classes == ["eel", "cat", "dog"] and kinds(after) == [names[i] for i in rows]
+        for j, i in enumerate(rows):
+            assert all((a == b).all() for a, b in zip(after.row(j), before.row(i), strict=True))
+            assert after.pieces(j) == before.pieces(i)
+    after.verify()
+
+
+def test_true_classes_are_counted_and_go_no_further(unlabelled, tmp_path):
+    told = Label(teacher="t").apply(unlabelled, tmp_path / "out", Place(tmp_path / "teacher"))
+    rows, (names, _) = corpus.open(unlabelled), said(unlabelled, tmp_path / "teacher", "train")
+    right = [name == kind for name, kind in zip(names, kinds(rows), strict=True) if kind]
+    assert told["train"]["agreement"] == pytest.approx(sum(right) / len(right)) and len(right) < len(rows)
+    assert told["train"]["classes"] == {kind: names.count(kind) for kind in ["eel", "cat", "dog"]}
+    (tmp_path / "other").mkdir()
+    other = prepared(tmp_path / "other", write(tmp_path / "other" / "a.jsonl", records(90)))
+    Label(teacher="t").apply(other, tmp_path / "again", Place(tmp_path / "teacher"))
+    one, two = (corpus.open(tmp_path / name) for name in ("out", "again"))
+    assert (one.labels == two.labels).all() and one.digest == two.digest
+
+
+def test_a_teacher_that_is_never_sure_enough_is_said(unlabelled, tmp_path):
+    with pytest.raises(UserError, match="nowhere sure enough"):
+        Label(teacher="t", confidence=0.99999).apply(unlabelled, tmp_path / "out", Place(tmp_path / "teacher"))
+    assert not (tmp_path / "out").exists()

@@ -57,6 +57,7 @@ class Sides(dict):
     def __init__(self, directory: Path, names: Iterable[str]):
         super().__init__({name: Side(directory, name) for name in names})
         self.parts: dict[str, int] = {}
+        self.classes: list[str] | None = None  # their names in order; None where no document has one
         self._labels: dict[str, int] = {}
         self.counts = {"bytes": 0, "documents": 0, "words": 0, "blank": 0, "cut": 0}
         self._hash = hashlib.sha256()
@@ -73,11 +74,7 @@ class Sides(dict):
     def close(self) -> None:
         for side in self.values():
             side.close()
-
-    @property
-    def classes(self) -> list[str] | None:
-        """Their names in order; None where no document has one."""
-        return sorted(self._labels) or None
+        self.classes = sorted(self._labels) or None
 
     def labels(self, side: str) -> np.ndarray:
         """The class of every document of a side as a place in `classes`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class Corpus:
         shard, place = divmod(i, self._shard)
         ids, segments = self._shards[shard]
         return ids[place].astype(np.int64), segments[place].astype(np.int64)
+
+    def block(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Several rows: ids and segments [n, T]."""
+        return tuple(np.stack(column) for column in zip(*(self.row(i) for i in rows), strict=True))
 
     @cached_property
     def labels(self) -> np.ndarray:

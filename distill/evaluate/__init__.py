@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill.evaluate import machine
+from distill.evaluate.accuracy import Accuracy, MacroF1
 from distill.evaluate.agreement import Agreement, Divergence
 from distill.evaluate.heldout import HeldoutLoss
 from distill.evaluate.probe import Probe
@@ -43,6 +44,8 @@ METRICS: dict[str, Metric] = {
     "agreement": Agreement(),
     "kl": Divergence(),
     "heldout_loss": HeldoutLoss(),
+    "accuracy": Accuracy(),
+    "macro_f1": MacroF1(),
     "sts": Sts(),
     "speed": Speed(),
     "saving": Saving(),

@@ -22,6 +22,7 @@ HEADS = {
     "mlm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
+CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 NOT_ARCHITECTURE = ("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
 LENGTH = 64  # tokens of a document that are read; the corpora here have shorter ones but for a tenth
 DOCUMENTS = 50_000  # of a part that are looked at
@@ -32,6 +33,7 @@ class Bench:
 
     def __init__(self, path: Path, teacher: Subject | None, rows: dict[str, str], context):
         self.path, self.teacher, self.rows, self.context = Path(path), teacher, rows, context
+        self.predictions: dict[str, Tensor] = {}  # key of a subject -> the class it gives to every held-out row
 
     @property
     def scratch(self) -> str | None:
@@ -85,9 +87,15 @@ class Subject:
 
     @property
     def head(self) -> str | None:
-        """The trained head that the checkpoint says it has."""
+        """The trained language-model head that the checkpoint says it has."""
         named, family = self.config.get("architectures") or [], self.config["model_type"]
         return next((head for head, classes in HEADS.items() if classes.get(family) in named), None)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Those that it tells apart, where it says that it has a classification head."""
+        named, family = self.config.get("architectures") or [], self.config["model_type"]
+        return list(self.config.get("id2label", {}).values()) if CLASSIFIERS.get(family) in named else None
 
     @property
     def architecture(self) -> str:

@@ -108,8 +108,9 @@ class First:
         self.batches, self.rows = batches, rows
 
     def at(self, positions: Iterable[int], mask: float | None = None) -> dict:
-        batch = self.batches.at(positions, mask)
-        return {**batch, "labels": batch["labels"].where(torch.tensor(positions)[:, None] < self.rows, NONE)}
+        batch, first = self.batches.at(positions, mask), torch.tensor(positions) < self.rows
+        classes = {"classes": batch["classes"].where(first, NONE)} if "classes" in batch else {}
+        return {**batch, **classes, "labels": batch["labels"].where(first[:, None], NONE)}
 
 
 class Heldout:

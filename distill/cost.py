@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from distill import hooks
+from distill import hooks, views
 from distill.hooks import Part
 
 if TYPE_CHECKING:
@@ -40,13 +40,15 @@ class Cost:
     headed: frozenset[str]  # the targets whose heads run as well
     tokens: int  # places of one step: rows x length
     parts: tuple[Part, ...] = ()  # what of the student may take part, each as often; (): all of it
+    passes: Mapping[str | None, int] = field(default_factory=lambda: {None: 1})  # of the student (None) and each target
 
     def step(self, part: Part | None = None) -> int:
         """FLOPs of the student: 2 N forward and 4 N backward, each for what ran."""
         n = working(self.student, self.head)
         run = n - sum(self.student.blocks[part.depth :]) if part else n
         learning = run - sum(self.student.blocks[: part.first]) if part else run
-        return (2 * run + 4 * learning) * self.tokens
+        again = 6 * (self.passes[None] - 1) * self.student.body
+        return (2 * run + 4 * learning + again) * self.tokens
 
     @property
     def mean(self) -> float:
@@ -55,9 +57,11 @@ class Cost:
         return sum(self.step(part) for part in parts) / len(parts)
 
     def teaching(self, targets: Iterable[str]) -> int:
-        """FLOPs of one forward pass of each of these."""
-        running = [(facts, name in self.headed) for name in targets for facts in self.teachers[name]]
-        return sum(2 * working(facts, head) for facts, head in running) * self.tokens
+        """FLOPs of the forward passes of these."""
+        return sum(self._teaching(name, facts) for name in targets for facts in self.teachers[name]) * self.tokens
+
+    def _teaching(self, name: str, facts: Facts) -> int:
+        return 2 * (working(facts, name in self.headed) + (self.passes[name] - 1) * facts.body)
 
 
 def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts, ...]], length: int) -> Cost:
@@ -69,6 +73,7 @@ def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts,
         teachers=teachers,
         headed=frozenset(o.target for o in objectives if o.needs().target_head and o.needs().head in LANGUAGE),
         tokens=spec.optim.batch * length,
+        passes=views.passes(dict(enumerate(objectives))),
         parts=hooks.parts(spec.hook_values()),
     )
 

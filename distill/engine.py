@@ -160,7 +160,12 @@ class Engine:
         """
         self._link()
         for name, p in self._trainable():
-            yield name, self._get(p, key)
+            yield name, self._get(p, key).cpu()
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full float32 weight) of every trainable parameter, on its device, to be read at once. Collective."""
+        for name, p in self._trainable():
+            yield name, self._get(p, "master")
 
     def load_state(self, read: Callable[[str, str], Tensor | None], updates: Callable[[Phases], int]) -> None:
         """Put back what `state` gave: `read(name, key)` returns a full tensor, or None to leave the moment at zero.
@@ -240,11 +245,11 @@ class Engine:
         if slot and not self._base.state:
             return torch.zeros(p.ds_shape if self.stage == 3 else p.shape)
         if self.stage == 3:
-            return p._z3_optimizer.get_full_hp_param(p, slot).cpu()
+            return p._z3_optimizer.get_full_hp_param(p, slot)
         if self.stage:
-            return p.get_full_hp_param(slot).cpu()
+            return p.get_full_hp_param(slot)
         master = self._master(p)
-        return (self._base.state[master][slot] if slot else master).detach().cpu()
+        return (self._base.state[master][slot] if slot else master).detach()
 
     def _set(self, p: nn.Parameter, key: str, value: Tensor) -> None:
         slot = None if key == "master" else key

@@ -96,7 +96,7 @@ class TargetSpec(OneOf):
         None, description="several models or stages, whose distributions are combined"
     )
     cache: str | None = Field(None, description="a data stage that kept a teacher's values on disk")
-    ema: Share | None = Field(None, description="the moving average of the student with this decay; ZeRO 0 to 2")
+    ema: Schedule | None = Field(None, description="the moving average of the student with this decay; ZeRO 0 to 2")
     combine: Literal["mean_prob", "mean_logprob"] | None = Field(
         None, description="of an ensemble: mean of probabilities (the default) or of log-probabilities"
     )
@@ -111,6 +111,13 @@ class TargetSpec(OneOf):
     def _check_combine(self) -> TargetSpec:
         if self.combine and not self.ensemble:
             raise ValueError("combine: only an ensemble has several distributions")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ema(self) -> TargetSpec:
+        decays = [decay for _, decay in self.ema.points] if self.ema else [0.0]
+        if not 0 <= min(decays) <= max(decays) <= 1 or min(decays) == 1:
+            raise ValueError("ema: a decay from 0, the student itself, to below 1, which would never move")
         return self
 
     @property

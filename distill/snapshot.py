@@ -1,8 +1,9 @@
 """Training state on disk: canonical, pickle-free, whole or absent, the same for every ZeRO stage and number of ranks.
 
 A snapshot is a directory `step-00000120` with one safetensors file for the float32 masters and one for each moment
-(name -> full tensor), and `manifest.json` with what it belongs to and the digest of every file. Randomness needs no
-state of its own: data order, masks and dropout are functions of (seed, step, rank).
+(name -> full tensor), files of the same kind beside them (a moving average of the student), and `manifest.json` with
+what it belongs to and the digest of every file. Randomness needs no state of its own: data order, masks and dropout
+are functions of (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,12 @@ from growth.files import committed, ensure_space, fault, read_json, sha256, writ
 
 VERSION = 1
 
+Beside = Mapping[str, Mapping[str, Tensor]]  # file -> name -> float32 tensor, the same on every rank
 
-def save(parent: Path, step: int, engine: Engine, belongs: dict, cursor: dict, keep: int = 1) -> Path:
+
+def save(
+    parent: Path, step: int, engine: Engine, belongs: dict, cursor: dict, keep: int = 1, beside: Beside | None = None
+) -> Path:
     """Write `step-<step>` below `parent`; all ranks take part, rank 0 writes. Older ones go after it stands.
 
     `belongs` says what this state is of (digests of recipe, student, teachers, tokenizer, corpus); `cursor` where the
@@ -36,7 +41,8 @@ def save(parent: Path, step: int, engine: Engine, belongs: dict, cursor: dict, k
     failure = None
     if world.rank() == 0:
         try:
-            _write(final, stream, engine.shapes(), {"version": VERSION, "step": step, "cursor": cursor, **belongs})
+            manifest = {"version": VERSION, "step": step, "cursor": cursor, **belongs}
+            _write(final, stream, engine.shapes(), beside or {}, manifest)
         except BaseException as error:
             failure = error
     for (
@@ -48,20 +54,24 @@ def save(parent: Path, step: int, engine: Engine, belongs: dict, cursor: dict, k
     return final
 
 
-def _write(final: Path, stream: Iterator, shapes: dict, manifest: dict) -> None:
-    ensure_space(final.parent, state_bytes(shapes), "a snapshot")
+def _write(final: Path, stream: Iterator, shapes: dict, beside: Beside, manifest: dict) -> None:
+    others = {file: {name: tuple(tensor.shape) for name, tensor in named.items()} for file, named in beside.items()}
+    ensure_space(final.parent, state_bytes(shapes, *others.values()), "a snapshot")
     with committed(final, overwrite=True) as directory:
         for key in KEYS:
             _write_file(directory / f"{key}.safetensors", shapes, (next(stream)[2] for _ in shapes))
             fault("snapshot.after_file")
-        files = {f"{key}.safetensors": _facts(directory / f"{key}.safetensors") for key in KEYS}
+        for file, named in beside.items():
+            _write_file(directory / f"{file}.safetensors", others[file], (tensor.cpu() for tensor in named.values()))
+        files = {f"{key}.safetensors": _facts(directory / f"{key}.safetensors") for key in (*KEYS, *beside)}
         fault("snapshot.before_manifest")
         write_json(directory / "manifest.json", {**manifest, "files": files})
 
 
-def state_bytes(shapes: dict) -> int:
-    """Bytes of one snapshot: float32 master and two moments."""
-    return 4 * len(KEYS) * sum(_numel(shape) for shape in shapes.values())
+def state_bytes(shapes: dict, *beside: dict) -> int:
+    """Bytes of one snapshot: float32 master and two moments, and what is beside them."""
+    every = [*shapes.values()] * len(KEYS) + [shape for file in beside for shape in file.values()]
+    return 4 * sum(map(_numel, every))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -134,6 +144,13 @@ def restore(
     engine.load_state(lambda name, key: files[key].get_tensor(name), partial(updates, manifest["step"]))
     say(f"resumed from {snapshot}")
     return manifest
+
+
+def beside(snapshot: Path, file: str) -> dict[str, Tensor]:
+    """What stands in one of the files beside the state."""
+    from safetensors.torch import load_file
+
+    return load_file(snapshot / f"{file}.safetensors")
 
 
 def _compare(snapshot: Path, manifest: dict, belongs: dict) -> None:

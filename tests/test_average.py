@@ -1,0 +1,67 @@
+"""The moving average of a student as its teacher, and a step of two views, on every ZeRO stage that has them."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from average_cases import BATCH, Rows, parts
+from launch import launch
+from pydantic import ValidationError
+
+from distill.kinds import TargetSpec
+from distill.lesson import Data, freeze_unreachable
+
+CELLS = [(0, 1), (1, 2), (2, 1), (3, 2)]  # ZeRO stage, ranks
+every_cell = pytest.mark.parametrize(
+    ("stage", "ranks", "precision"), [(*c, p) for c in CELLS[:3] for p in ("fp32", "bf16")]
+)
+
+
+@functools.cache
+def results(stage: int, ranks: int) -> dict:
+    return launch("average_cases.py", stage, ranks=ranks)[0]
+
+
+@functools.cache
+def plain() -> torch.Tensor:
+    """The gradient of the whole batch at once, without an engine."""
+    lesson, targets = parts()
+    data, named = Data(Rows(), BATCH, BATCH, True, torch.device("cpu")), lesson.objectives
+    freeze_unreachable(lesson, targets, data)
+    (batch,) = data(0)
+    counts = {f"{name}.{term}": float(n) for name, o in named.items() for term, n in o.count(batch).items()}
+    terms = lesson(batch, targets(batch, named), named)
+    trained = [p for p in lesson.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(sum(value / counts[key] for key, value in terms.items()), trained)
+    return torch.cat([g.flatten() for g in gradients])
+
+
+@pytest.mark.parametrize(("stage", "ranks"), CELLS)
+def test_a_step_of_two_views_has_the_gradient_of_plain_torch(stage, ranks):
+    for found in results(stage, ranks)["gradients"]:
+        assert (torch.tensor(found) - plain()).norm() / plain().norm() <= 1e-6
+
+
+@every_cell
+def test_after_some_steps_the_average_is_the_sum_written_out(stage, ranks, precision):
+    assert results(stage, ranks)[precision]["closed"] <= 1e-6
+
+
+@every_cell
+def test_a_stopped_run_with_an_average_goes_on_bit_for_bit(stage, ranks, precision):
+    assert results(stage, ranks)[precision]["resumes"]
+
+
+@every_cell
+def test_without_memory_the_average_is_the_student_and_teaches_nothing(stage, ranks, precision):
+    assert results(stage, ranks)[precision]["itself"] == pytest.approx([0.0] * 6, abs=1e-6)
+
+
+def test_a_decay_is_a_share_and_may_be_a_schedule():
+    assert TargetSpec(ema=0.99).ema.value == 0.99
+    assert TargetSpec(ema={"unit": "fraction", "points": [[0, 0.9], [1, 1.0]]}).models == ()
+    for decay in (-0.1, 1.0, 1.1, "0.9"):
+        with pytest.raises(ValidationError):
+            TargetSpec(ema=decay)

@@ -117,6 +117,8 @@ class KeepSampled:
         weights = torch.zeros(there.shape).masked_scatter_(there, counts)
         if not bool((weights.sum(1) == self.draws).all()):
             raise UserError(f"cached samples are not of {self.draws} draws each")
+        if not bool((values["entropy"] >= -1e-4).all()):  # NaN is not
+            raise UserError("a cached entropy is below zero or no number")
         padded = torch.zeros(there.shape, dtype=torch.long).masked_scatter_(there, ids)
         return Sampled(padded, weights / self.draws, values["entropy"], self.vocabulary, self.temperature)
 
@@ -143,7 +145,7 @@ class KeepHidden:
         return {"hidden": Column(self.dtype, (self.width,), ragged=True)}
 
     def kept(self, head: Logits, starts: Tensor) -> Values:
-        return {"hidden": head.hidden.to(getattr(torch, self.dtype))}
+        return {"hidden": head.hidden.detach().to(getattr(torch, self.dtype))}
 
     def restored(self, values: Values) -> Logits:
         hidden = values["hidden"]

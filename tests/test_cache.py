@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
+
 import pytest
 import torch
 from test_divergence import CASES, VOCABULARY, draw, formula, gradient, heads, learned, learning
 
 from distill.heads import Logits
+from distill.kept import KEEPS, KeepHidden, KeepSampled, KeepTopK, settings
 from distill.objectives import divergence, token_sum
 from distill.objectives.sparse import Sampled, TopK
+from distill.shards import Ragged
 from growth.errors import UserError
 
 ROWS = 11
@@ -62,7 +67,7 @@ def test_all_tokens_kept_is_the_whole_divergence(kind, share):
 def test_more_tokens_bring_the_bound_nearer_and_never_beyond(kind, share):
     student, teacher = (3 * draw(ROWS, VOCABULARY, seed=seed) for seed in (0, 1))
     found = [divergence(student, kept(teacher, k), kind, **share) for k in range(1, VOCABULARY + 1)]
-    assert all(one <= other + 1e-12 for one, other in zip(found, found[1:], strict=False))
+    assert all(one <= other + 1e-12 for one, other in pairwise(found))
     assert found[0] < found[3] < found[-1]
     near(found[-1], divergence(student, teacher, kind, **share))
 
@@ -91,7 +96,7 @@ def test_a_head_is_taught_without_its_logits(monkeypatch, k):
     ours = divergence(student, target, "jsd", **how)
     logits = student.whole()
     sides = (merged(x, target.ids) for x in (teacher.whole().detach(), logits))
-    p, q = ([x[:, :k] for x in sides] if k == VOCABULARY else sides)
+    p, q = [x[:, :k] for x in sides] if k == VOCABULARY else sides
     each = formula(p, q, "jsd") + 0.3 * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     theirs = (weights * each).sum()
     near(ours, theirs)
@@ -187,3 +192,109 @@ def test_strips_are_the_logits_and_never_more_than_a_few(monkeypatch):
     assert max(len(x) for _, x in found) == 2 and [rows.start for rows, _ in found] == [0, 2, 4, 6, 8, 10]
     near(torch.cat([x for _, x in found]), teacher.whole())
     assert next(token_sum.strips(Logits(draw(2, 5, dtype=torch.bfloat16))))[1].dtype == torch.float32
+
+
+# What is kept
+
+
+def starts(rows=ROWS, seed=0):
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def flat(values):
+    """As a store hands them over: end to end."""
+    return {name: one.values if isinstance(one, Ragged) else one for name, one in values.items()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-5), ("float16", 4e-3)])
+def test_the_likeliest_tokens_of_a_head_and_what_they_leave(monkeypatch, temperature, dtype, atol):
+    monkeypatch.setattr(token_sum, "CHUNK", 4)
+    monkeypatch.setattr(token_sum, "STRIP", 3 * VOCABULARY)
+    _, teacher = heads(teacher=(0.7, 3.0))
+    keep = KeepTopK(5, dtype, VOCABULARY, temperature)
+    ours, book = keep.restored(keep.kept(teacher, starts())), kept(teacher.whole().detach(), 5, temperature)
+    assert torch.equal(ours.ids, book.ids) and ours.temperature == temperature
+    for found, expected in ((ours.log_probs, book.log_probs), (ours.rest, book.rest)):
+        near(found.double(), expected, atol=atol)
+
+
+def test_what_a_teacher_rules_out_and_what_nothing_is_left_of_can_be_written():
+    teacher = draw(ROWS, VOCABULARY, seed=1).float()
+    teacher[:, 3:] = -torch.inf
+    for k in (2, 5, VOCABULARY):
+        keep = KeepTopK(k, "float16", VOCABULARY, 1.0)
+        values = keep.kept(Logits(teacher), starts())
+        assert all(x.isfinite().all() for x in values.values())
+        student = learning(ROWS, VOCABULARY)
+        loss = divergence(student, keep.restored(values), "jsd")
+        assert loss.isfinite() and gradient(loss, student)[0].isfinite().all()
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely_give_or_take_less_than_one():
+    _, teacher = heads()
+    keep, p = KeepSampled(20, VOCABULARY, 1.5), (teacher.whole() / 1.5).softmax(-1).detach()
+    values = keep.kept(teacher, starts())
+    found = keep.restored(flat(values))
+    weights = torch.zeros(ROWS, VOCABULARY).scatter_add(1, found.ids, found.weights)
+    assert ((weights - p).abs() < 1 / 20).all() and (weights.sum(1) - 1).abs().max() < 1e-6
+    assert len(values["ids"].values) == int((weights > 0).sum())  # a token that was not drawn takes no place
+    near(found.entropy.double(), -(p * p.log()).sum(-1), atol=1e-6)
+
+
+def test_draws_are_unbiased_and_steadier_than_independent_ones():
+    """Over all starts, evenly, each weight is its probability, and so value and gradient are the exact ones; from one
+    start they are off by less than a third, in squares, of what as many independent draws are."""
+    student, teacher = learning(ROWS, VOCABULARY), 2 * draw(ROWS, VOCABULARY, seed=1)
+    keep, many = KeepSampled(20, VOCABULARY, 1.0), 500
+    every = [torch.full((ROWS,), (i + 0.5) / many, dtype=torch.float64) for i in range(many)]
+    exact = divergence(student, teacher)
+
+    def several(targets):
+        losses = [divergence(student, target) for target in targets]
+        return torch.stack(losses).detach(), torch.stack([gradient(loss, student)[0] for loss in losses])
+
+    values, slopes = several(keep.restored(flat(keep.kept(Logits(teacher), start))) for start in every)
+    _, apart = several(sampled(teacher, 20, seed) for seed in range(many))
+    slope = gradient(exact, student)[0]
+    near(values.mean(), exact.detach(), atol=1e-4)
+    near(slopes.mean(0), slope, atol=2 / many / 20)
+    assert (slopes - slope).square().sum() < (apart - slope).square().sum() / 3
+
+
+def test_hidden_states_and_the_last_layer_are_the_head(tmp_path):
+    _, teacher = heads(teacher=(0.7, 3.0))
+    keep = KeepHidden.of(teacher, "float64")
+    keep.save(tmp_path)
+    again = KEEPS["hidden"](**json.loads(json.dumps(settings(keep)))).load(tmp_path, torch.device("cpu"))
+    near(again.restored(keep.kept(teacher, starts())).whole(), teacher.whole())
+
+
+@pytest.mark.parametrize("name", ["topk", "sampled", "hidden"])
+def test_what_cannot_have_been_kept_is_refused(name):
+    _, teacher = heads()
+    keep = {
+        "topk": KeepTopK(4, "float32", VOCABULARY, 1.0),
+        "sampled": KeepSampled(9, VOCABULARY, 1.0),
+        "hidden": KeepHidden.of(teacher, "float64"),
+    }[name]
+    values = flat(keep.kept(teacher, starts()))
+    keep.restored(values)
+    wrong = {
+        "topk": [
+            ("ids", lambda x: x + VOCABULARY, "vocabulary ends at 22"),
+            ("ids", lambda x: x * 0, "a token twice"),
+            ("log_probs", lambda x: x + 0.1, "do not sum to 1"),
+            ("rest", lambda x: x * torch.nan, "do not sum to 1"),
+        ],
+        "sampled": [
+            ("ids", lambda x: x - VOCABULARY, "vocabulary ends at 22"),
+            ("counts", lambda x: x + 1, "not of 9 draws"),
+            ("entries", lambda x: x + 1, "more or fewer tokens"),
+            ("entropy", lambda x: x * torch.nan, "entropy"),
+        ],
+        "hidden": [("hidden", lambda x: x * torch.nan, "NaN or infinite")],
+    }[name]
+    for column, spoil, said in wrong:
+        with pytest.raises(UserError, match=said):
+            keep.restored({**values, column: spoil(values[column])})

@@ -218,8 +218,9 @@ def _reading(student: Logits, vocabulary: int) -> Logits:
     return student.trimmed(vocabulary)
 
 
+@torch.no_grad()
 def strips(logits: Logits) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of logits [n, V] in float32 or float64, a strip at a time: they never all exist."""
+    """Rows of logits [n, V] in float32 or float64, a strip at a time: they never all exist. Without gradients."""
     dtype = torch.float64 if logits.hidden.dtype == torch.float64 else torch.float32
     for rows in _cuts(0, logits.rows, _chunk([logits])):
         product = logits.product(rows)

@@ -25,10 +25,20 @@ def inputs_of(task: Task) -> dict[str, Any]:
         inputs["seed"] = task.contexts[0].seed
     if task.stage.kind == "train" and task.spec.stop.like:
         inputs["equal"] = task.contexts[0].recipe.equal
-    for kind, name in sorted({(k, n) for _, k, n in references({"stages": [{task.stage.kind: spec}]})}):
+    for kind, name in _names(task):
         for context in task.contexts:
             inputs.update(_made_from(kind, name, context))
     return inputs
+
+
+def corpora_of(task: Task) -> list[str]:
+    """Those of the recipe that a stage names."""
+    return [name for kind, name in _names(task) if kind == "corpus" and name in task.contexts[0].recipe.corpora]
+
+
+def _names(task: Task) -> list[tuple[str, str]]:
+    spec = task.spec.model_dump(mode="json", by_alias=True)
+    return sorted({(kind, name) for _, kind, name in references({"stages": [{task.stage.kind: spec}]})})
 
 
 def _made_from(kind: str, name: str, context: Context) -> dict[str, str]:

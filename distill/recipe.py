@@ -43,7 +43,7 @@ class Recipe(Value):
         spec = self.stage(name).data
         text = self.text(spec.from_)
         for _, op in spec.operations():
-            text = op.plan(text)
+            text = op.plan(text, self)
         return text
 
     def made_from(self, reference: str | None) -> Iterator[Stage]:

@@ -29,7 +29,9 @@ REFERENCES = {
     "stages.*.data.ops.*.score.teacher": "source",
     "stages.*.data.ops.*.score.reference": "source",
     "stages.*.data.ops.*.select.by": "scored",
-    "stages.*.data.ops.*.retokenize.to": "source",
+    "stages.*.data.ops.*.retokenize.to": "model",
+    "stages.*.data.ops.*.retokenize.like": "corpus",
+    "stages.*.data.ops.*.mix.with.@": "corpus",
     "stages.*.data.ops.*.label.teacher": "source",
     "stages.*.data.ops.*.cache.teacher": "source",
     "stages.*.grow.from": "source",
@@ -64,6 +66,9 @@ def _matching(value: Any, pattern: list[str], path: Path) -> Iterator[tuple[Path
     if not pattern:
         yield path, value
         return
+    if pattern == ["@"]:  # the keys themselves
+        yield from (((*path, key), key) for key in (value if isinstance(value, dict) else ()))
+        return
     parts = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
     for part in parts:
         if pattern[0] in ("*", part):
@@ -96,6 +101,9 @@ def _after(stages: list[dict]) -> Iterator[Mistake]:
         other = _corpus(earlier) if earlier and "train" in earlier else None
         if other is not None and other != data.get("from"):
             what = f"stage {earlier['id']!r} trains on corpus {other!r}, not on {data.get('from')!r}"
+            yield Mistake(("stages", i, "train", "data", "after"), what)
+        elif earlier and _dict(earlier, "train").get("seed", 0) != _dict(stage, "train").get("seed", 0):
+            what = f"stage {earlier['id']!r} has another `seed`, so another order; rows would come twice or never"
             yield Mistake(("stages", i, "train", "data", "after"), what)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from distill import recipe as recipes
 from distill import strict_yaml, world
 from distill.context import MANIFEST, Context, Task, Work
-from distill.inputs import differences, inputs_of, versions
+from distill.inputs import corpora_of, differences, inputs_of, versions
 from distill.recipe import Recipe
 from growth.console import say, seconds
 from growth.errors import UsageError, UserError, did_you_mean
@@ -138,9 +138,9 @@ def _foresee(task: Task, work: Work) -> None:
 
 
 def _prepare(task: Task) -> None:
-    """Its text, where it reads any; what a data stage makes is there when that is done."""
-    if task.spec.corpus in task.contexts[0].recipe.corpora:
-        task.contexts[0].corpus(task.spec.corpus)
+    """The texts that it reads or compares with; what a data stage makes is there when that is done."""
+    for name in corpora_of(task):
+        task.contexts[0].corpus(name)
 
 
 def _lost(task: Task) -> str | None:

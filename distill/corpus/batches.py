@@ -24,7 +24,10 @@ class Batches:
     """`objective`: whose labels a batch carries; with None nothing is masked and nothing is to be predicted."""
 
     def __init__(
-        self, corpus: Corpus, seed: int, objective: Literal["mlm", "causal", "classify"] | None = None,
+        self,
+        corpus: Corpus,
+        seed: int,
+        objective: Literal["mlm", "causal", "classify"] | None = None,
         mask: float = 0.15,
     ):
         if objective == "mlm" and corpus.facts.mask is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from distill.corpus import stdlib
 from distill.corpus.documents import Document
 
-MENU = "Home Products Services Support Contact About Login Search Cart Help News Blog Careers Terms Privacy".split()
+MENU = "Home Products Services Support Contact About Login Search Cart Help News Blog Careers Terms Privacy"
 NOTICES = (
     "We use cookies to improve your experience .", "Click here to subscribe to our newsletter .",
     "All rights reserved .", "Please enable JavaScript to view this page .", "Share this page with your friends .",
@@ -39,7 +39,7 @@ def _letters(text: str, rng: random.Random) -> str:
 
 def _boilerplate(text: str, rng: random.Random) -> str:
     """Menus and notices, again and again."""
-    menu, found = " | ".join(_shuffled(MENU, rng)[:6]), ""
+    menu, found = " | ".join(_shuffled(MENU.split(), rng)[:6]), ""
     while len(found) < len(text):
         found += f"{menu} {rng.choice(NOTICES)} "
     return found

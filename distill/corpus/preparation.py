@@ -27,7 +27,7 @@ def prepare(spec, tokenizer_source: Path | None, out: Path) -> None:
         _insist_on_classes(spec, texts.classes)
         tokenizer = tokenizer or trained(spec.tokenizer.train, directory)
         apart = not isinstance(spec.source, str)  # each source in rows of its own
-        fill(directory, texts, tokenizer, spec.length, request, packed=spec.packed, apart=apart)
+        fill(directory, texts, tokenizer, spec.length, {"packed": spec.packed, "apart": apart}, request)
     _tell(spec, store.read_manifest(out))
 
 
@@ -60,22 +60,22 @@ def trained(wanted, directory: Path):
     return vocabulary.train(wanted.kind, wanted.vocab, store.Texts(directory, store.TRAIN))
 
 
-def fill(directory: Path, texts: Sides, tokenizer, length: int, request: dict, *, packed: bool, apart: bool) -> None:
-    """Rows, tokeniser and manifest beside the texts."""
+def fill(directory: Path, texts: Sides, tokenizer, length: int, packing: dict[str, bool], request: dict) -> None:
+    """Rows, tokeniser and manifest beside the texts; `packing`: which documents share a row, see `write_side`."""
     tokenizer.save_pretrained(directory / store.TOKENIZER)
     facts = tokens.facts(tokenizer)
-    sides = {side: write_side(tokenizer, facts, length, side, directory, packed=packed, apart=apart) for side in texts}
+    sides = {side: write_side(tokenizer, facts, length, side, directory, **packing) for side in texts}
+    write_manifest(directory, texts, sides, tokenizer, length, packing, request)
+
+
+def write_manifest(
+    directory: Path, texts: Sides, sides: dict[str, dict], tokenizer, length: int, packing: dict, request: dict
+) -> None:
+    """The classes of the rows, and what the files in `directory` are; the last one to be written."""
     if texts.classes:
         for side in texts:
             documents = store.Spans(directory, side).all[:, 0]  # of every row, for each is one piece
             store.write_array(directory / store.labels_name(side), texts.labels(side)[documents])
-    write_manifest(directory, texts, sides, tokenizer, length, request)
-
-
-def write_manifest(
-    directory: Path, texts: Sides, sides: dict[str, dict], tokenizer, length: int, request: dict
-) -> None:
-    """What the files in `directory` are; the last one to be written."""
     written = {path.name: _about(path) for path in sorted(directory.iterdir()) if path.is_file()}
     tokenizer_digest = tokens.digest(tokenizer)
     for side, about in sides.items():
@@ -86,6 +86,7 @@ def write_manifest(
         "digest": files.digest([texts.source["digest"], *(about["digest"] for about in sides.values())]),
         "source": texts.source,
         "length": length,
+        "packing": packing,
         "rows_per_shard": rows_per_shard(length),
         "tokenizer_digest": tokenizer_digest,
         "rows": {side: about.pop("rows") for side, about in sides.items()},

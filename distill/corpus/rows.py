@@ -64,7 +64,7 @@ def _rows_of(lengths: np.ndarray, parts: np.ndarray, length: int, packed: bool) 
 def _tokenise(
     texts: store.Texts, tokenizer, facts: tokens.Facts, length: int, spool: Path, label: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write the tokens of all pieces of all documents end to end; lengths [P] and (document, first byte, end) [P, 3]."""
+    """Write the tokens of all pieces of all documents end to end; their lengths [P] and spans [P, 3]."""
     lengths, spans = array("I"), array("I")
     with spool.open("wb") as file, bar(len(texts), label) as advance:
         for first, block in _blocks(texts):

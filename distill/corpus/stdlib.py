@@ -46,7 +46,7 @@ def prose() -> Iterator[Document]:
 def code() -> Iterator[Document]:
     """One document a module, in the same order."""
     for part, path in modules():
-        yield Document(_read(path), part)
+        yield Document(read(path), part)
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -85,10 +85,10 @@ def _part(relative: Path) -> str:
 def _paragraphs() -> Iterator[Document]:
     for part, path in modules():
         if part != "pydoc_data":
-            for text in _prose_blocks(_read(path)):
-                yield from (Document(paragraph, part) for paragraph in _split(text))
+            for text in _prose_blocks(read(path)):
+                yield from (Document(paragraph, part) for paragraph in paragraphs(text))
     for text in _topics():
-        yield from (Document(paragraph, "topics") for paragraph in _split(text))
+        yield from (Document(paragraph, "topics") for paragraph in paragraphs(text))
 
 
 def _topics() -> list[str]:
@@ -97,7 +97,7 @@ def _topics() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
     with tokenize.open(path) as file:  # a few files declare another encoding
         return file.read()
 
@@ -107,10 +107,10 @@ def _prose_blocks(source: str) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
         nodes = list(ast.walk(ast.parse(source)))
-    return [text for _, text in sorted([*_docstrings(nodes), *_comments(source, nodes)])]
+    return [text for _, text in sorted([*docstrings(nodes), *_comments(source, nodes)])]
 
 
-def _docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+def docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
@@ -136,7 +136,7 @@ def _comments(source: str, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
             block = []
 
 
-def _split(text: str) -> Iterator[str]:
+def paragraphs(text: str) -> Iterator[str]:
     for block in re.split(r"\n\s*\n", text.expandtabs()):
         lines = [line.strip() for line in block.split("\n")]
         if not any(line.startswith(NOT_PROSE) for line in lines):

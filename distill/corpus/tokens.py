@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -66,12 +66,6 @@ def digest(tokenizer) -> str:
     return files.digest([pieces, asdict(facts(tokenizer)), encode(tokenizer, list(PROBES))])
 
 
-def strange(tokenizer, other) -> list[str]:
-    """Pieces that `other` lacks or has under another id; it may have more, as padded vocabularies do."""
-    known = other.get_vocab()
-    return sorted(piece for piece, number in tokenizer.get_vocab().items() if known.get(piece) != number)
-
-
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids without special tokens; a `[MASK]` that stands in the text is text."""
     return _encoded(tokenizer, texts).input_ids
@@ -99,11 +93,13 @@ class Piece(NamedTuple):
     end: int
 
 
-def pieces(tokenizer, texts: list[str], facts: Facts, length: int, ends: bool = True) -> Iterator[list[Piece]]:
-    """Of each text: one piece, or as many as it needs; none where no token is. `ends`: the texts are whole documents."""
-    room, end = room_for_text(facts, length), facts.end if ends else []
-    found = _encoded(tokenizer, texts)
-    for i, (text, ids) in enumerate(zip(texts, found.input_ids, strict=True)):
+def pieces(
+    tokenizer, texts: list[str], facts: Facts, length: int, ends: Iterable[bool] = itertools.repeat(True)
+) -> Iterator[list[Piece]]:
+    """Of each text: one piece, or as many as it needs; none where no token is. `ends`: whether a document ends here."""
+    room, found = room_for_text(facts, length), _encoded(tokenizer, texts)
+    for i, (text, ids, is_end) in enumerate(zip(texts, found.input_ids, ends, strict=False)):
+        end = facts.end if is_end else []
         cuts = range(room, len(ids + end), room) if ids else ()
         places = [0, *_bytes_before(text, [_start(found, i, cut, text) for cut in cuts]), len(text.encode())]
         chunks = [(ids + end)[start : start + room] for start in (0, *cuts)] if ids else []

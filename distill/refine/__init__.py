@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from distill.refine.cache import Cache
 from distill.refine.label import Label
+from distill.refine.mix import Mix
 from distill.refine.operation import DataOp
+from distill.refine.retokenize import Retokenize
+from distill.refine.score import Score
+from distill.refine.select import Select
 
-OPS: dict[str, type[DataOp]] = {"cache": Cache, "label": Label}
+OPS: dict[str, type[DataOp]] = {
+    "score": Score,
+    "select": Select,
+    "retokenize": Retokenize,
+    "mix": Mix,
+    "cache": Cache,
+    "label": Label,
+}
 
 __all__ = ["OPS", "DataOp"]

@@ -22,7 +22,7 @@ class Label(DataOp):
         0.0, description="rows whose likeliest class has a smaller probability are left out"
     )
 
-    def plan(self, text):
+    def plan(self, text, recipe):
         return text.model_copy(update={"label": f"{self.teacher} says so"})
 
     def check(self, planned, text) -> Iterator[str]:

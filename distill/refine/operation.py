@@ -19,7 +19,7 @@ class DataOp(Value):
 
     makes: ClassVar[Literal["corpus", "scores"]] = "corpus"
 
-    def plan(self, text: CorpusSpec) -> CorpusSpec:
+    def plan(self, text: CorpusSpec, recipe) -> CorpusSpec:
         """What the corpus will be: its tokeniser and the length of its rows, if they change."""
         return text
 

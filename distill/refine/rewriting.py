@@ -1,0 +1,76 @@
+"""Corpora from corpora: in other tokens, or rows of several. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill import corpus
+from distill.corpus import Corpus, store, tokens
+from distill.corpus.preparation import fill, trained
+from distill.corpus.split import Sides
+from distill.refine.gather import Chosen, gather
+from growth import files
+from growth.errors import UserError
+
+
+def retokenize(src: Path, out: Path, tokenizer=None, *, train=None, length: int | None = None) -> dict[str, Any]:
+    """The texts of the corpus in `src`, every one of them, in the tokens of another tokeniser or one to be learned.
+
+    A document is packed whole again where all of its pieces are there. Parts that shared no row share none.
+    """
+    manifest = store.read_manifest(src)
+    length = length or manifest["length"]
+    with files.committed(out, overwrite=True) as directory:
+        texts = _copied(src, directory, manifest)
+        tokenizer = tokenizer or trained(train, directory)
+        request = {"retokenize": tokens.digest(tokenizer), "of": manifest["digest"]}
+        fill(directory, texts, tokenizer, length, manifest["packing"], request)
+    made = store.read_manifest(out)
+    return {"rows": made["rows"], "tokens": {side: about["tokens"] for side, about in made["sides"].items()}}
+
+
+def _copied(src: Path, directory: Path, manifest: dict) -> Sides:
+    """The same texts, parts and classes."""
+    texts = Sides(directory, manifest["sides"], manifest["classes"] or ())
+    for side in manifest["sides"]:
+        text = corpus.open(src, side)
+        classes = _classes(text)
+        for i, one in enumerate(text.texts):
+            texts.add(one, manifest["parts"][text.texts.parts[i]], side, classes[i])
+    texts.close()
+    return texts
+
+
+def _classes(text: Corpus) -> list[str | None]:
+    """Of every document."""
+    found: list[str | None] = [None] * len(text.texts)
+    for document, label in zip(text.spans.all[:, 0], text.labels if text.classes else (), strict=False):
+        found[document] = None if label == store.UNKNOWN else text.classes[label]
+    return found
+
+
+def mix(src: Path, out: Path, others: Mapping[Path, float]) -> dict[str, Any]:
+    """Rows of the corpus in `src` and of others, in these shares; as many as there are without a row twice.
+
+    Of each corpus they come from all over it and keep their order. What is held out is mixed likewise.
+    """
+    shares = {Path(src): 1 - sum(others.values()), **others}
+    sides = [side for side in store.SIDES if all(side in store.read_manifest(path)["sides"] for path in shares)]
+    given = {side: _shared({corpus.open(path, side): share for path, share in shares.items()}) for side in sides}
+    gather(out, given, {"mix": [text.text.digest for text in given[store.TRAIN]], "shares": list(shares.values())})
+    return {"rows": {str(c.text.path.name): len(c.rows) for c in given[store.TRAIN]}}
+
+
+def _shared(shares: dict[Corpus, float]) -> list[Chosen]:
+    first = next(iter(shares))
+    for text in shares:
+        if (text.manifest["tokenizer_digest"], text.length) != (first.manifest["tokenizer_digest"], first.length):
+            raise UserError(f"{text.path} has another tokeniser or other rows than {first.path}; retokenize it first")
+    whole = min(len(text) / share for text, share in shares.items() if share)
+    counts = {text: math.floor(whole * share + 1e-9) for text, share in shares.items()}
+    return [Chosen(text, np.arange(n) * len(text) // max(n, 1)) for text, n in counts.items()]

@@ -104,13 +104,22 @@ def read(path: Path) -> str:
 
 def _prose_blocks(source: str) -> list[str]:
     """Docstrings and comment blocks of one module, in the order of their lines."""
+    nodes = _nodes(source)
+    return [text for _, text in sorted([*_docstrings(nodes), *_comments(source, nodes)])]
+
+
+def docstrings(source: str) -> list[str]:
+    """Those of one module, in the order of their lines."""
+    return [text for _, text in sorted(_docstrings(_nodes(source)))]
+
+
+def _nodes(source: str) -> list[ast.AST]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
-        nodes = list(ast.walk(ast.parse(source)))
-    return [text for _, text in sorted([*docstrings(nodes), *_comments(source, nodes)])]
+        return list(ast.walk(ast.parse(source)))
 
 
-def docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+def _docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
@@ -137,6 +146,7 @@ def _comments(source: str, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
+    """Each on one line; tables, examples and headings are left out."""
     for block in re.split(r"\n\s*\n", text.expandtabs()):
         lines = [line.strip() for line in block.split("\n")]
         if not any(line.startswith(NOT_PROSE) for line in lines):

@@ -7,6 +7,7 @@ character) is what the other model sees too; every document starts and ends as t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Alignment:
     def __init__(self, student: Any, teacher: Any, longest: int | None = None):
         self.student, self.teacher, self.longest = Writing(student), Writing(teacher), longest
 
+    @cached_property
     def shared(self) -> np.ndarray:
         """Ids of the pieces that both have [2, K]: the student's, the teacher's."""
         return shared(self.student, self.teacher)
@@ -85,7 +87,8 @@ def _from(number: int, spans: np.ndarray) -> np.ndarray:
 
 
 def _stacked(rows: list[np.ndarray], fill: int) -> np.ndarray:
-    out = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=np.int64)
+    longest = max([1, *map(len, rows)])  # a model reads something, even where there is no text
+    out = np.full((len(rows), longest), fill, dtype=np.int64)
     for line, row in zip(out, rows, strict=True):
         line[: len(row)] = row
     return out

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from distill import vocabularies
 from distill.corpus import tokens
 from distill.kinds import Stage
-from distill.refine.cache import teachers
+from distill.spans import Writing
+from distill.specs import NewTokenizer
+from growth.errors import UserError
 
 BROUGHT = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -41,43 +44,88 @@ class Text:
         if facts.vocab < self.vocabulary:
             yield f"corpora.{self.name}.tokenizer: {self.vocabulary} ids, but {who} knows {facts.vocab}"
 
-    def foreign(self, reference: str) -> Iterator[str]:
-        """Why its ids are not those that a model or stage has learned."""
-        if origin := _origin(reference, self.planned):
-            yield from _other_ids(self, origin, self.planned)
+    def foreign(self, reference: str, rows: int | None = None) -> Iterator[str]:
+        """Why its ids are not those that a model or stage has learned.
+
+        With `rows`, those of its head, also why what it says of the next token is not said of the same pieces.
+        """
+        name, theirs = _learned(reference, self.planned)
+        if theirs == self.spec.tokenizer or isinstance(theirs, NewTokenizer):
+            return  # what is yet to be learned is compared when the stage begins
+        if theirs is None:
+            if rows:
+                yield f"{name} brings no tokeniser, so nobody can say what its logits are of; put its files there"
+        elif self.tokenizer is None:
+            yield f"corpora.{self.name}.tokenizer: a new one, but {name} has learned the ids of its own; name {name}"
+        elif reason := self._differs(tokens.load(self.planned.context.model(theirs)), rows):
+            yield f"corpora.{self.name}.tokenizer: {self.spec.tokenizer}'s, but {name} has learned other ids: {reason}"
+
+    def _differs(self, tokenizer, rows: int | None) -> str:
+        if rows is None:
+            return vocabularies.unread(self.tokenizer, tokenizer)
+        found = vocabularies.match(self.tokenizer, tokenizer, self.vocabulary, rows)
+        return f"{found.reason}; {vocabularies.WORKS}" if found.reason else ""
 
 
-def of_training(stage: Stage, planned, models: dict) -> Iterator[str]:
-    """Every reason why these {who: facts} cannot read the corpus of a training stage."""
-    text = Text(stage.train.corpus, planned)
-    for who, facts in models.items():
-        yield from text.beyond(who, facts)
-    yield from dict.fromkeys(line for reference in _learned(stage, planned) for line in text.foreign(reference))
+def _learned(reference: str, planned) -> tuple[str, str | NewTokenizer | None]:
+    """Whose ids a model or stage has learned: (its name, a model with that tokeniser; None: it does not bring any)."""
+    recipe, name = planned.recipe, reference
+    while name not in recipe.models:
+        stage = recipe.stage(name.partition(".")[0])
+        if stage.origin is None:
+            return reference, recipe.text(stage.train.corpus).tokenizer
+        name = stage.origin
+    path = planned.context.model(name)
+    return name, name if any((Path(path) / file).exists() for file in BROUGHT) else None
 
 
-def _learned(stage: Stage, planned) -> Iterator[str]:
-    """The models whose weights are used, or what they said when it was written down."""
-    for target in stage.train.targets.values():
-        yield from teachers(planned.recipe, target)
-    yield from [stage.origin] if stage.origin else []
+def of_training(stage: Stage, planned, student, teachers: dict) -> Iterator[str]:
+    """Every reason why a student and the {target: facts of its models} cannot read the corpus of a training stage."""
+    yield from dict.fromkeys(_of_training(stage, Text(stage.train.corpus, planned), student, teachers))
 
 
-def _origin(reference: str, planned) -> str | None:
-    """The model of the recipe from which a stage has its ids; None: from its corpus."""
-    while reference is not None and reference not in planned.recipe.models:
-        reference = planned.recipe.stage(reference.partition(".")[0]).origin
-    return reference
+def _of_training(stage: Stage, text: Text, student, teachers: dict) -> Iterator[str]:
+    yield from text.beyond("the student", student)
+    yield from text.foreign(stage.origin) if stage.origin else ()
+    for name, target in stage.train.targets.items():
+        needs = [objective.needs() for _, objective in stage.train.objectives() if objective.target == name]
+        fits = _told if any(need.own_ids for need in needs) else _shown
+        for reference, facts in zip(target.models, teachers[name], strict=False):  # an average is the student itself
+            yield from fits(text, name, reference, facts, needs)
 
 
-def _other_ids(text: Text, model: str, planned) -> Iterator[str]:
-    """A model has learned what its own tokeniser's ids mean."""
-    path = planned.context.model(model)
-    if text.spec.tokenizer == model or not any((Path(path) / name).exists() for name in BROUGHT):
-        return
-    if text.tokenizer is None:
-        yield f"corpora.{text.name}.tokenizer: a new one, but {model} has learned the ids of its own; name {model}"
-    elif strange := tokens.strange(text.tokenizer, tokens.load(path)):
-        yield (
-            f"corpora.{text.name}.tokenizer: {text.spec.tokenizer}'s, but {model} has learned other ids: "
-            f"{len(strange)} pieces differ, such as {strange[0]!r}"
-        )
+def _shown(text: Text, name: str, reference: str, facts, needs: list) -> Iterator[str]:
+    """A teacher reads the ids of the corpus."""
+    yield from text.beyond(f"target {name}", facts)
+    speaks = any(need.target_head and need.head != "classify" for need in needs)
+    yield from text.foreign(reference, facts.vocab if speaks else None)
+
+
+def _told(text: Text, name: str, reference: str, facts, needs: list) -> Iterator[str]:
+    """A teacher reads the text of the corpus in ids of its own."""
+    yield from text.too_long(f"target {name}", facts)
+    if not all(need.own_ids for need in needs):
+        yield f"targets.{name}: `aligned` alone reads in the teacher's own ids; another loss needs a target of its own"
+    who, theirs = _learned(reference, text.planned)
+    if theirs is None:
+        yield f"{who} brings no tokeniser to read with; put its files there"
+    if theirs == text.spec.tokenizer:
+        yield _same(name, who)
+    elif isinstance(theirs, str):
+        yield from _of_two(text, name, who, tokens.load(text.planned.context.model(theirs)), facts)
+
+
+def _of_two(text: Text, name: str, who: str, tokenizer, facts) -> Iterator[str]:
+    for place, side in ((f"corpora.{text.name}", text.tokenizer), (f"targets.{name}", tokenizer)):
+        try:
+            side and Writing(side)
+        except UserError as error:
+            yield f"{place}: {error}"
+    if text.tokenizer and vocabularies.match(text.tokenizer, tokenizer, text.vocabulary, facts.vocab):
+        yield _same(name, who)
+    if facts.vocab < (ids := tokens.facts(tokenizer).vocabulary):
+        yield f"targets.{name}: the tokeniser of {who} has {ids} ids, the model knows {facts.vocab}"
+
+
+def _same(name: str, who: str) -> str:
+    return f"targets.{name}: {who} has the tokeniser of the corpus; `divergence` compares whole distributions, exactly"

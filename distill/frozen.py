@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from distill import classifiers, models, world
+from distill import classifiers, models, vocabularies, world
+from distill.corpus import Corpus, tokens
+from growth.errors import UserError
 
 
 def frozen(reference: str, head: str | None, context, classes: Sequence[str] | None = None) -> nn.Module:
@@ -20,6 +22,14 @@ def frozen(reference: str, head: str | None, context, classes: Sequence[str] | N
     path, dtype = context.model(reference), getattr(torch, asked) if asked else precision(context.recipe.engine)
     model = classifiers.load(path, classes, dtype) if head == "classify" else models.load(path, head, dtype)
     return models.freeze(model).to(world.device())
+
+
+def insist_on_pieces(model: nn.Module, reference: str, context, text: Corpus) -> None:
+    """Its logits must be of the pieces of a corpus: tokenisers that were learned on the way are compared only now."""
+    theirs = tokens.load(context.model(reference))
+    found = vocabularies.match(text.tokenizer, theirs, text.facts.vocabulary, model.config.vocab_size)
+    if not found:
+        raise UserError(f"{reference} and the corpus have different vocabularies: {found.reason}; {vocabularies.WORKS}")
 
 
 def precision(engine) -> torch.dtype:

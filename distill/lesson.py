@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from distill import corpus, views, world
+from distill.alignment import Alignment
 from distill.corpus.masking import NONE
 from distill.hooks import Part, taking_part
 from distill.objectives.protocol import Objective, View
+from distill.retelling import retold
 from distill.schedules import Progress, fixed
 from distill.taps import Trace
 from distill.targets import Targets, traced
@@ -61,11 +64,23 @@ def named_losses(spec) -> dict:
 
 
 class Data:
-    """The rows of every step, for every rank: a pure function of (seed, step). `offset`: where its stream begins."""
+    """The rows of every step, for every rank: a pure function of (seed, step).
 
-    def __init__(self, batches: corpus.Batches, batch: int, micro_batch: int, packed: bool, device, offset: int = 0):
+    `offset`: where its stream begins; `alignments`: of targets that read the same text in ids of their own.
+    """
+
+    def __init__(
+        self,
+        batches: corpus.Batches,
+        batch: int,
+        micro_batch: int,
+        packed: bool,
+        device,
+        offset: int = 0,
+        alignments: Mapping[str, Alignment] = MappingProxyType({}),
+    ):
         self.batches, self.batch, self.micro_batch = batches, batch, micro_batch
-        self.packed, self.device, self.offset = packed, device, offset
+        self.packed, self.device, self.offset, self.alignments = packed, device, offset, alignments
 
     def __call__(self, step: int, mask: float | None = None) -> list[dict]:
         """The micro-batches of this rank, on its device; `mask` is the masking rate of this step."""
@@ -75,7 +90,7 @@ class Data:
 
     def _load(self, position: int, mask: float | None) -> dict:
         batch = self.batches.at(range(position, position + self.micro_batch), mask)
-        batch = batch if self.packed else corpus.unpack(batch)
+        batch = retold(batch if self.packed else corpus.unpack(batch), self.alignments)
         return {key: value.to(self.device) for key, value in batch.items()}
 
 

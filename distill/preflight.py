@@ -173,12 +173,9 @@ def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
         for facts in (said[objective.target] if objective.target else (None,))
         for what in objective.check(student, facts)
     ]
-    models = {"the student": student} | {
-        f"target {name}": facts for name, several in teachers.items() for facts in several
-    }
     own = [*_of_batch(stage, planned, ranks), *_of_hooks(stage, student), *_of_curve(stage, planned)]
-    own += _of_average(stage, planned)
-    rest = [*own, *fitting.of_training(stage, planned, models), *cache.misfits(stage, planned.recipe)]
+    own += [*_of_average(stage, planned), *_of_ensembles(stage)]
+    rest = [*own, *fitting.of_training(stage, planned, student, teachers), *cache.misfits(stage, planned.recipe)]
     rest += labels.of_training(stage, planned.recipe)
     return [*losses, *(f"stages.{stage.id}.train: {what}" for what in rest)]
 
@@ -206,6 +203,16 @@ def _of_average(stage: Stage, planned: Planned) -> Iterator[str]:
     averaged = [name for name, target in stage.train.targets.items() if target.ema]
     if averaged and planned.recipe.engine.zero == 3:
         yield f"targets.{averaged[0]}.ema: on ZeRO 3 no rank has all of the student to average; engine.zero 0, 1 or 2"
+
+
+def _of_ensembles(stage: Stage) -> Iterator[str]:
+    for name, objective in stage.train.objectives():
+        needs, target = objective.needs(), objective.target and stage.train.targets[objective.target]
+        if target and target.ensemble and (needs.target or needs.own_ids):
+            yield (
+                f"targets.{objective.target}.ensemble: several teachers have only a distribution of the student's ids "
+                f"together, and {name} needs more; give each of them a target and a loss of its own"
+            )
 
 
 def micro_batch(engine: EngineSpec, optim: OptimSpec, ranks: int) -> int:

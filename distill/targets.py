@@ -10,11 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distill import cached, models, views, world
-from distill.frozen import frozen, precision
+from distill import cached, layout, models, views, world
+from distill.alignment import Alignment
+from distill.corpus import tokens
+from distill.frozen import frozen, insist_on_pieces, precision
 from distill.heads import Mixture
 from distill.objectives import scored
 from distill.objectives.protocol import Needs, Objective, View
+from distill.retelling import own_rows
 from distill.schedules import Progress, Schedule
 from distill.taps import Trace, trace
 
@@ -24,6 +27,7 @@ class Source(Protocol):
 
     calls: int = 0  # forward passes done, on this rank
     models: tuple[nn.Module, ...] = ()  # what reads rows here: it decides whether documents may share one
+    alignment: Alignment | None = None  # with the student's tokeniser, where rows are read in ids of its own
 
     def take(self, batch: dict, needs: list[Needs]) -> Trace:
         """What objectives want of these rows; no gradients are recorded."""
@@ -32,8 +36,8 @@ class Source(Protocol):
 class Online(Source):
     """A frozen model; `vocabulary`: rows of its head that stand for pieces, those behind are padding."""
 
-    def __init__(self, model: nn.Module, vocabulary: int | None = None):
-        self.models, self.vocabulary = (model,), vocabulary
+    def __init__(self, model: nn.Module, vocabulary: int | None = None, alignment: Alignment | None = None):
+        self.models, self.vocabulary, self.alignment = (model,), vocabulary, alignment
 
     def take(self, batch: dict, needs: list[Needs]) -> Trace:
         self.calls += 1
@@ -60,15 +64,15 @@ class Average(Source):
     run, as the student does.
     """
 
-    def __init__(self, student: nn.Module, decay: Schedule, dtype: torch.dtype):
+    def __init__(self, student: nn.Module, decay: Schedule, dtype: torch.dtype, vocabulary: int | None = None):
         model = models.freeze(copy.deepcopy(student)).to(world.device())
-        self.decay, self.trained = decay, []
+        self.decay, self.vocabulary, self.trained = decay, vocabulary, []
         self.averages = {name: p.detach() for name, p in model.named_parameters()}  # `to` makes others of another dtype
         self.models = (model.to(dtype),)
 
     def take(self, batch: dict, needs: list[Needs]) -> Trace:
         self.calls += 1
-        return traced(self.models[0], batch, needs, "target")
+        return _trimmed(traced(self.models[0], batch, needs, "target"), self.vocabulary)
 
     @torch.no_grad()
     def moved(self, engine, progress: Progress) -> None:
@@ -111,10 +115,22 @@ def opened(name: str, stage) -> Source:
         return cached.opened(spec, stage.context, stage.corpus)
     needs = [objective.needs() for objective in stage.objectives.values() if objective.target == name]
     head = next((need.head for need in needs if need.target_head), None)
+    own = any(need.own_ids for need in needs)
+    vocabulary = stage.corpus.facts.vocabulary if head in ("mlm", "causal") and not own else None
     if spec.ema:
-        return Average(stage.student, spec.ema, precision(stage.context.recipe.engine))
+        return Average(stage.student, spec.ema, precision(stage.context.recipe.engine), vocabulary)
     members = [frozen(reference, head, stage.context, stage.classes) for reference in spec.models]
-    return Ensemble(members, spec.combine) if spec.ensemble else Online(*members)
+    if own:
+        return Online(members[0], alignment=_alignment(members[0], spec.models[0], stage))
+    if vocabulary:
+        for member, reference in zip(members, spec.models, strict=True):
+            insist_on_pieces(member, reference, stage.context, stage.corpus)
+    return Ensemble(members, spec.combine, vocabulary) if spec.ensemble else Online(members[0], vocabulary)
+
+
+def _alignment(model: nn.Module, reference: str, stage) -> Alignment:
+    theirs = tokens.load(stage.context.model(reference))
+    return Alignment(stage.corpus.tokenizer, theirs, layout.longest(model.config))
 
 
 class Targets:
@@ -126,6 +142,14 @@ class Targets:
     @property
     def models(self) -> list[nn.Module]:
         return [model for source in self.sources.values() for model in source.models]
+
+    @property
+    def alignments(self) -> dict[str, Alignment]:
+        """Of the targets that read in ids of their own."""
+        return {name: source.alignment for name, source in self.sources.items() if source.alignment}
+
+    def _rows(self, target: str, view: View, batch: dict) -> dict:
+        return own_rows(batch, target) if self.sources[target].alignment else views.of(batch, view)
 
     @property
     def calls(self) -> dict[str, int]:
@@ -141,7 +165,7 @@ class Targets:
                 if target := self.objectives[name].target:
                     asked.setdefault((target, view), []).append(needs)
         return {
-            (target, view): self.sources[target].take(views.of(batch, view), needs)
+            (target, view): self.sources[target].take(self._rows(target, view, batch), needs)
             for (target, view), needs in asked.items()
         }
 

@@ -60,6 +60,7 @@ class Stage:
 
     def __init__(self, spec, context, directory: Path):
         self.spec, self.context, self.directory = spec, context, directory
+        self.seed = context.seed + spec.seed
         self.objectives = named_losses(spec)
         headed = next((o for o in self.objectives.values() if o.needs().head), None)
         self.head = headed and headed.needs().head
@@ -85,7 +86,7 @@ class Stage:
     def _make_start(self) -> Path:
         start = self.directory / "start"
         if not start.exists():
-            student, seed = self.spec.student, self.context.seed
+            student, seed = self.spec.student, self.seed
             models.seed_checkpoint(
                 student, self.context.model, start, self.head, seed, self.corpus.path, classes=self.classes
             )
@@ -105,9 +106,9 @@ class Stage:
         return cost_of(self.spec, student, teachers, self.corpus.length)
 
     def _data(self) -> Data:
-        batches = corpus.Batches(self.corpus, self.context.seed, self.head)
-        optim = self.spec.optim
-        return Data(batches, optim.batch, self.micro_batch, self.packed, world.device(), self.offset)
+        batches = corpus.Batches(self.corpus, self.seed, self.head)
+        rows, told = self.spec.optim.batch, self.targets.alignments
+        return Data(batches, rows, self.micro_batch, self.packed, world.device(), self.offset, told)
 
     def _heldout(self) -> Heldout:
         """Of the loss `ce`; the rate of masking is the one that training begins with."""
@@ -158,7 +159,7 @@ class Stage:
         engine = self.context.recipe.engine
         return {
             "recipe_digest": digest(self.spec.model_dump(mode="json", by_alias=True, exclude=NO_INPUT)),
-            "seed": self.context.seed,
+            "seed": self.seed,
             "student_digest": sources.weights_sha256(self.start),
             "teacher_digests": {
                 reference: sources.weights_sha256(self.context.model(reference))
@@ -180,7 +181,7 @@ class Stage:
             averages = [engine.shapes() for _ in self.targets.state()]
             world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes(), *averages)))
             return Spent()
-        updates = partial(hooks.updates, self.cost.parts, self.context.seed)
+        updates = partial(hooks.updates, self.cost.parts, self.seed)
         manifest = snapshot.restore(found, engine, self.belongs(), updates)
         self.targets.load(partial(snapshot.beside, found))
         world.first(lambda: _forget_after(self.log, manifest["step"]))
@@ -221,9 +222,9 @@ class Stage:
     def _step(self, engine: Engine, spent: Spent, stopped) -> tuple[dict, bool]:
         """One update; returns its log entry and whether any rank was told to stop."""
         began, step = time.perf_counter(), spent.step
-        torch.manual_seed(hash((self.context.seed, step, world.rank())))  # dropout: a function of these three
+        torch.manual_seed(hash((self.seed, step, world.rank())))  # dropout: a function of these three
         progress = Progress(step=step, steps=self.steps, tokens=spent.tokens, flops=spent.flops)
-        part = hooks.drawn(self.cost.parts, self.context.seed, step)
+        part = hooks.drawn(self.cost.parts, self.seed, step)
         active, before = self._active(progress), self.targets.calls
         batches = self.data(step, self.mask.at(progress) if self.mask else None)
         counts, real = self._count(batches, active)

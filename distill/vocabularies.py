@@ -71,6 +71,15 @@ def match(student: Any, teacher: Any, student_rows: int, teacher_rows: int) -> M
     return Match(reason=reason) if reason else Match(rows, max(student_rows, teacher_rows) > rows)
 
 
+def unread(writer: Any, reader: Any) -> str:
+    """Why the ids that one tokeniser writes are not those that a model has learned with another; "" if they are.
+
+    The reader may know more pieces than are written.
+    """
+    written, known = (_by_id(tokenizer) for tokenizer in (writer, reader))
+    return next(_apart(written, {i: piece for i, piece in known.items() if i in written}), "")
+
+
 def _differences(student: Any, teacher: Any, student_rows: int, teacher_rows: int) -> Iterator[str]:
     yield from _pieces(student, teacher)
     for who, tokenizer, rows in (("student", student, student_rows), ("teacher", teacher, teacher_rows)):
@@ -82,7 +91,14 @@ def _differences(student: Any, teacher: Any, student_rows: int, teacher_rows: in
 
 
 def _pieces(student: Any, teacher: Any) -> Iterator[str]:
-    one, other = ({i: piece for piece, i in t.get_vocab().items()} for t in (student, teacher))
+    yield from _apart(_by_id(student), _by_id(teacher))
+
+
+def _by_id(tokenizer: Any) -> dict[int, str]:
+    return {i: piece for piece, i in tokenizer.get_vocab().items()}
+
+
+def _apart(one: dict[int, str], other: dict[int, str]) -> Iterator[str]:
     apart = sorted(i for i in one.keys() | other.keys() if one.get(i) != other.get(i))
     if apart:
         shown = ", ".join(f"{i} is {_shown(one.get(i))} and {_shown(other.get(i))}" for i in apart[:3])

@@ -1,6 +1,6 @@
 """Losses: frozen values for recipes (`OBJECTIVES`), plain functions on tensors for any other loop. No torch.
 
-from distill.objectives import cross_entropy, divergence, hidden_mse, relation_kl
+from distill.objectives import aligned, cross_entropy, divergence, hidden_mse, relation_kl
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ from distill.objectives.distribution import Divergence
 from distill.objectives.hidden import HiddenMSE
 from distill.objectives.protocol import Needs, Objective
 from distill.objectives.relation import RelationKL
+from distill.objectives.span import Aligned
 
-OBJECTIVES = {"relation_kl": RelationKL, "ce": CrossEntropy, "divergence": Divergence, "hidden_mse": HiddenMSE}
+OBJECTIVES = {
+    "relation_kl": RelationKL,
+    "ce": CrossEntropy,
+    "divergence": Divergence,
+    "aligned": Aligned,
+    "hidden_mse": HiddenMSE,
+}
 
 # plain function -> the module that brings torch with it
 FUNCTIONS = {
     "relation_kl": "relation_sum",
     "cross_entropy": "token_sum",
     "divergence": "token_sum",
+    "aligned": "span_sum",
     "hidden_mse": "hidden_sum",
     "scored": "token_sum",
 }
@@ -27,6 +35,7 @@ FUNCTIONS = {
 __all__ = [
     "FUNCTIONS",
     "OBJECTIVES",
+    "Aligned",
     "CrossEntropy",
     "Divergence",
     "HiddenMSE",

@@ -19,13 +19,15 @@ View = Literal["masked", "plain"]
 
 class Needs(NamedTuple):
     """What an objective reads: taps of the student and of its target, which head gives the student's logits,
-    whether the target's are wanted as well, and which view of the row both sides have."""
+    whether the target's are wanted as well, which view of the row both sides have, and whether the target reads the
+    same text in ids of its own."""
 
     student: frozenset[Tap] = frozenset()
     target: frozenset[Tap] = frozenset()
     head: Head | None = None
     target_head: bool = False
     view: View = "masked"
+    own_ids: bool = False
 
 
 def classifies(student: Facts) -> list[str]:

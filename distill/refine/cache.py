@@ -57,7 +57,7 @@ class Cache(DataOp):
         if self.k and self.k > text.vocabulary:
             yield f"k: {self.k} of {text.vocabulary} tokens; {text.vocabulary} keeps all of them"
         yield from text.beyond("the teacher", facts)
-        yield from text.foreign(self.teacher)
+        yield from text.foreign(self.teacher, facts.vocab)
 
     def serves(self, objective) -> Iterator[str]:
         """Every reason why this objective cannot be taught from it."""

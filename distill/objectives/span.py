@@ -27,7 +27,7 @@ class Aligned(Value):
     weight: Schedule = Field(Schedule.constant(1.0), description="factor on this loss")
 
     def needs(self) -> Needs:
-        return Needs(head="causal")
+        return Needs(head="causal", target_head=True, own_ids=True)
 
     def check(self, student, target) -> list[str]:
         return [
@@ -38,14 +38,14 @@ class Aligned(Value):
         ]
 
     def count(self, batch) -> dict:
-        from distill.objectives.aligned_sum import span_count
+        from distill.objectives.span_sum import span_count
 
         spans, theirs = (batch[f"{self.target}.{side}"] for side in ("spans", "teacher_spans"))
         return {self.kind: span_count(spans, theirs)}
 
     def terms(self, student, target, batch) -> dict:
         """`target.logits` are those of the teacher's own rows, `{target}.ids` and `{target}.segments` of the batch."""
-        from distill.objectives.aligned_sum import Predicted, aligned_sum
+        from distill.objectives.span_sum import Predicted, aligned_sum
 
         ids = batch["labels"], batch[f"{self.target}.ids"]
         segments = batch["segment_ids"], batch[f"{self.target}.segments"]

@@ -30,6 +30,15 @@ FUNCTIONS = {
     "aligned": "span_sum",
     "hidden_mse": "hidden_sum",
     "scored": "token_sum",
+    "margin_mse": "ranking_sum",
+    "all_pairs_margin_mse": "ranking_sum",
+    "pointwise_mse": "ranking_sum",
+    "listwise_kl": "ranking_sum",
+    "ranknet": "ranking_sum",
+    "in_batch_margin": "ranking_sum",
+    "contrastive": "ranking_sum",
+    "margin_scale": "margins",
+    "scale_mismatch": "margins",
 }
 
 __all__ = [

@@ -30,6 +30,7 @@ class Cached:
 
     calls = 0  # forward passes
     models = ()
+    alignment = None
 
     def __init__(self, path: Path, device: torch.device):
         world.first(lambda: Reader(path))  # reads every byte, once

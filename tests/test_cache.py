@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
-from test_divergence import CASES, VOCABULARY, draw, formula, gradient, heads, learned, learning
+import yaml
+from test_divergence import CASES, VOCABULARY, draw, formula, gradient, heads, language_model, learned, learning
 
+from distill import cached, corpus, keys, layout, preflight, recipe, scores
+from distill.cached import Cached
+from distill.context import Context
+from distill.frozen import frozen
 from distill.heads import Logits
 from distill.kept import KEEPS, KeepHidden, KeepSampled, KeepTopK, settings
-from distill.objectives import divergence, token_sum
+from distill.lesson import Lesson
+from distill.objectives import Divergence, divergence, token_sum
 from distill.objectives.sparse import Sampled, TopK
+from distill.refine import Cache
+from distill.schedules import Progress, fixed
+from distill.scores import Reader
 from distill.shards import Ragged
-from growth.errors import UserError
+from distill.taps import trace
+from distill.targets import Online, Targets
+from growth import files
+from growth.errors import UsageError, UserError
 
 ROWS = 11
 every_kind = pytest.mark.parametrize(("kind", "share"), CASES, ids=str)
@@ -298,3 +317,324 @@ def test_what_cannot_have_been_kept_is_refused(name):
     for column, spoil, said in wrong:
         with pytest.raises(UserError, match=said):
             keep.restored({**values, column: spoil(values[column])})
+
+
+# On the disk
+
+STEPS = 3
+RECIPE = {
+    "recipe": "small",
+    "engine": {"micro_batch": 2},
+    "models": {name: {"from": name} for name in ("teacher", "unpacked", "other", "masked")},
+    "corpora": {
+        "text": {"source": "synthetic", "tokenizer": "teacher", "length": 48, "heldout": 0.1, "limit": 30},
+        "more": {"source": "synthetic", "tokenizer": "teacher", "length": 48, "heldout": 0.1, "limit": 31},
+    },
+    "stages": [
+        {"id": "kept", "data": {"from": "text", "ops": [{"cache": {"teacher": "teacher", "k": 8, "tokens": 200}}]}},
+        {
+            "id": "student",
+            "train": {
+                "student": {"cut": {"from": "teacher", "layers": [0, 3]}},
+                "data": "text",
+                "targets": {"t": {"cache": "kept"}},
+                "loss": [{"divergence": {"target": "t", "kind": "jsd", "ce": 0.1}}],
+                "optim": {"batch": 4},
+                "lr": 0.01,
+                "stop": {"steps": STEPS},
+            },
+        },
+    ],
+}
+PADDED = 67  # rows of the heads, of which the tokeniser knows 62
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Teachers and a recipe; one teacher is of a family that cannot keep packed documents apart."""
+    path = tmp_path_factory.mktemp("place")
+    padded = {"vocab_size": PADDED}
+    tiny.save(tiny.model("qwen2", "causal", **padded), path / "teacher", tiny.tokenizer())
+    tiny.save(tiny.model("qwen2", "causal", seed=1, **padded), path / "other", tiny.tokenizer())
+    tiny.save(language_model("granite", logits_scaling=3.0, **padded), path / "unpacked")
+    tiny.save(tiny.model("bert", "mlm", **padded), path / "masked")
+    (path / "small.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def context(place):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(place)
+        made = Context(recipe.load("small.yaml"), place / "out", 0)
+        made.corpus("text")
+        yield made
+
+
+def write(context, out, **op):
+    told = Cache(**{"teacher": "teacher", "tokens": 200, **op}).apply(context.corpus("text"), out, context)
+    return Cached(out, torch.device("cpu")), told
+
+
+def student_of():
+    return tiny.model("llama", "causal", seed=5, vocab_size=64)
+
+
+def rows(context, *places, packed=True):
+    batch = corpus.Batches(corpus.open(context.corpus("text")), 0, "causal").at(places)
+    return batch if packed else corpus.unpack(batch)
+
+
+def step(source, student, batch, **keys):
+    """Loss and gradients of a training step."""
+    objectives = {"d": Divergence(target="t", **keys)}
+    active = {name: fixed(value, Progress(0, 1)) for name, value in objectives.items()}
+    taught = Targets({"t": source}, objectives)(batch, active)
+    (loss,) = Lesson(student, objectives)(batch, taught, active).values()
+    student.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("teacher", "packed"), [("teacher", True), ("teacher", False), ("unpacked", False)])
+def test_hidden_states_from_disk_teach_as_the_teacher_itself(context, tmp_path, teacher, packed):
+    """Packed rows or documents alone, whatever the teacher can read: loss and gradients of the whole step."""
+    source, _ = write(context, tmp_path / "scores", teacher=teacher, keep="hidden")
+    model = frozen(teacher, "causal", context)
+    assert layout.packable(model.config) == (teacher == "teacher")
+    online = Online(model, source.keep.vocabulary)
+    student, batch = student_of(), rows(context, 3, 0, 5, 3, packed=packed)
+    for how in ({"kind": "jsd", "temperature": 2.0, "ce": 0.2}, {"kind": "reverse_kl", "reduction": "sequence"}):
+        (ours, found), (theirs, expected) = (step(side, student, batch, **how) for side in (source, online))
+        near(ours / theirs, torch.ones(()), atol=1e-6)
+        assert found.keys() == expected.keys() and len(found) > 20
+        for name in found:
+            near(found[name], expected[name], atol=1e-6 * expected[name].abs().max().item())
+
+
+@pytest.mark.parametrize(("k", "kind"), [(3, "forward_kl"), (20, "reverse_kl"), (62, "jsd")])
+def test_the_likeliest_tokens_from_disk_teach_as_those_of_the_teacher(context, tmp_path, k, kind):
+    source, _ = write(context, tmp_path / "scores", k=k, temperature=2.0, dtype="float32")
+    student, batch = student_of(), rows(context, 3, 0, 5)
+    ours, _ = step(source, student, batch, kind=kind, temperature=2.0)
+    whole, _ = step(Online(frozen("teacher", "causal", context), 62), student, batch, kind=kind, temperature=2.0)
+    logits = _trace_of(frozen("teacher", "causal", context), batch).whole().double()
+    head = _trace_of(student, batch)
+    theirs = divergence(head.trimmed(62), kept(logits[:, :62], k, 2.0), kind, temperature=2.0, reduction="sum")
+    near(ours / theirs.detach(), torch.ones(()), atol=1e-5)
+    assert ours < whole or (k == 62 and abs(ours / whole - 1) < 1e-5)
+
+
+def test_draws_from_disk_teach_as_the_teacher_on_average(context, tmp_path):
+    """Over twelve caches of other seeds: within three standard errors, and these are small."""
+    student, batch = student_of(), rows(context, 3, 0, 5)
+    exact, slope = step(Online(frozen("teacher", "causal", context), 62), student, batch)
+    losses, slopes = [], []
+    for seed in range(12):
+        source, _ = write(Context(context.recipe, context.out, seed), tmp_path / f"{seed}", keep="sampled", draws=20)
+        loss, found = step(source, student, batch)
+        losses.append(loss)
+        slopes.append(torch.cat([g.flatten() for g in found.values()]))
+    losses, slopes, slope = torch.stack(losses), torch.stack(slopes), torch.cat([g.flatten() for g in slope.values()])
+    error = losses.std() / 12**0.5
+    assert abs(losses.mean() - exact) < 3 * error < 0.02 * exact
+    off = (slopes.mean(0) - slope).norm() / slope.norm()
+    noise = (slopes - slopes.mean(0)).norm() / (12 * 11) ** 0.5 / slope.norm()  # standard error of the whole gradient
+    assert off < 1.5 * noise < 0.1
+    assert len({float(loss) for loss in losses}) == 12
+
+
+def _trace_of(model, batch):
+    at, _ = token_sum.scored(batch["labels"], batch["segment_ids"], causal=True)
+    return trace(model, batch, (), at).head
+
+
+def test_labels_that_are_left_out_are_left_out_of_the_teacher(context, tmp_path):
+    source, _ = write(context, tmp_path / "scores", k=5)
+    batch = rows(context, 1, 2)
+    every = source.take(batch, []).head
+    fewer = {**batch, "labels": batch["labels"].masked_fill(torch.rand(2, 48) < 0.4, -100)}
+    at, all_of_them = (token_sum.scored(one["labels"], one["segment_ids"], causal=True)[0] for one in (fewer, batch))
+    assert 10 < len(at) < len(all_of_them)
+    found = source.take(fewer, []).head
+    assert torch.equal(found.log_probs, every.log_probs[torch.isin(all_of_them, at)])
+
+
+def stored(path):
+    """Every value of every document."""
+    reader = Reader(path)
+    return {key.tobytes(): {n: v.values.tolist() for n, v in reader.rows(key[None]).items()} for key in reader.keys}
+
+
+@pytest.mark.parametrize("op", [{"k": 3}, {"keep": "sampled", "draws": 9}, {"keep": "hidden"}], ids=str)
+def test_a_cache_that_was_killed_goes_on_and_holds_the_same(context, tmp_path, monkeypatch, op):
+    monkeypatch.setattr(scores, "SHARD_BYTES", 20_000)
+    whole, told = write(context, tmp_path / "whole", **op)
+    monkeypatch.setattr(files, "_passed", {})
+    monkeypatch.setenv("FAULT", "cache.pass:raise:15")
+    with pytest.raises(RuntimeError, match="fault at"):
+        write(context, tmp_path / "hard", **op)
+    monkeypatch.delenv("FAULT")
+    before = set((tmp_path / "hard").glob("r*"))
+    assert 0 < len(Reader(tmp_path / "hard")) < len(whole.reader) and len(before) > 1
+    _, again = write(context, tmp_path / "hard", **op)
+    assert before < set((tmp_path / "hard").glob("r*"))
+    assert stored(tmp_path / "hard") == stored(tmp_path / "whole")
+    names = [{path.name for path in (tmp_path / out).iterdir()} for out in ("hard", "whole")]
+    assert names[0] == names[1]  # those of shards have the digest of their content in them
+    assert again["tokens"] == told["tokens"]
+    once = {path.name for path in (tmp_path / "hard").iterdir()}
+    write(context, tmp_path / "hard", **op)  # nothing is left to do
+    assert {path.name for path in (tmp_path / "hard").iterdir()} == once
+
+
+def test_every_document_with_a_next_token_is_there_once_and_the_forecast_was_right(context, tmp_path, capsys):
+    source, told = write(context, tmp_path / "scores", k=8)
+    text = corpus.open(context.corpus("text"))
+    ids, segments = zip(*(text.row(i) for i in range(len(text))), strict=True)
+    several = [one for one in keys.documents(ids, segments) if len(one) > 1]
+    assert (
+        sum(len(one) - 1 for one in several)
+        == told["tokens"]
+        == text.tokens - text.manifest["sides"]["train"]["pieces"]
+    )
+    assert {key.tobytes() for key in source.reader.keys} == {key.tobytes() for key in keys.document_keys(several)}
+    said = capsys.readouterr().err
+    assert f"{told['tokens'] / 1000:.1f} k tokens of 51 bytes each" in said and "tok/s" in said
+    assert told["bytes_per_token"] == pytest.approx(51, rel=0.05)
+
+
+def test_a_disk_that_is_too_small_is_found_out_before_anything_is_written(context, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(UserError, match=r"the cache needs .* are free"):
+        write(context, tmp_path / "scores", k=8)
+    assert not (tmp_path / "scores").exists()
+
+
+# The target
+
+
+def test_what_is_not_in_the_cache_is_said(context, tmp_path):
+    source, _ = write(context, tmp_path / "scores", k=3)
+    batch = rows(context, 3)
+    with pytest.raises(UserError, match=r"lacks .* rows; score them with the same corpus"):
+        source.take({**batch, "input_ids": batch["input_ids"].flip(1)}, [])
+
+
+@pytest.mark.parametrize("damage", ["shard", "lost", "head"])
+def test_damage_is_found_when_a_cache_is_opened(context, tmp_path, damage):
+    write(context, tmp_path / "scores", keep="hidden")
+    path = next((tmp_path / "scores").glob("head*" if damage == "head" else "r*"))
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match={"lost": "lacks 1 of its shards"}.get(damage, "is damaged|not the one")):
+        Cached(tmp_path / "scores", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"teacher": "other"}, "its teacher is"),
+        ({"corpus": "more"}, "its corpus is"),
+        ({"tokenizer": "x" * 64}, "its tokeniser is .*, the run's xxxxxxxxxxxx"),
+        ({}, None),
+    ],
+)
+def test_another_teachers_or_texts_cache_is_refused(context, tmp_path, change, said):
+    (tmp_path / "kept").mkdir()
+    write(context, tmp_path / "kept/scores", k=3, teacher=change.get("teacher", "teacher"))
+    here = Context(context.recipe, tmp_path, 0, found=dict(context.found))
+    text = corpus.open(context.corpus(change.get("corpus", "text")))
+    if "tokenizer" in change:
+        text.manifest["tokenizer_digest"] = change["tokenizer"]
+    spec = context.recipe.stage("student").train.targets["t"]
+    if said is None:
+        assert cached.opened(spec, here, text).keep.k == 3
+        return
+    with pytest.raises(UserError, match=f"holds something else: {said}.*; cache again"):
+        cached.opened(spec, here, text)
+    with pytest.raises(UserError, match="holds other scores"):
+        write(context, tmp_path / "kept/scores", k=4)
+
+
+# The recipe
+
+
+def refused(place, change):
+    """What preflight says of the recipe with a change."""
+    document = copy.deepcopy(RECIPE)
+    change(document)
+    (place / "changed.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    read = recipe.load(place / "changed.yaml")
+    preflight.check(read, Context(read, place / "nowhere", 0))
+
+
+def op(document):
+    return document["stages"][0]["data"]["ops"][0]["cache"]
+
+
+def train(document):
+    return document["stages"][1]["train"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: op(d).update(keep="sampled"), "k: only keep: topk has it"),
+        (lambda d: op(d).update(dtype="bfloat16"), "bfloat16 keeps two digits"),
+        (lambda d: op(d).update(k=0), "greater than 0"),
+        (lambda d: op(d).update(k=63), "k: 63 of 62 tokens; 62 keeps all of them"),
+        (lambda d: op(d).update(teacher="masked"), "bert predicts masked tokens"),
+        (lambda d: op(d).update(teacher="nobody"), "nobody"),
+        (lambda d: op(d).update(temperature=2.0), "temperature: the teacher is cached at 2"),
+        (lambda d: train(d).update(data="more"), "stage kept has read text, this one trains on more"),
+        (lambda d: train(d)["loss"][0].update(hidden_mse={"target": "t"}, divergence=None), "nothing from inside it"),
+        (lambda d: train(d)["loss"][0]["divergence"].update(objective="mlm"), "masked ones differ from epoch to epoch"),
+        (
+            lambda d: (op(d).pop("k"), op(d).update(keep="sampled")),
+            "kind jsd: of a sample forward_kl alone is unbiased",
+        ),
+        (
+            lambda d: train(d)["loss"][0]["divergence"].update(temperature={"points": [[0, 1.0], [3, 2.0]]}),
+            "cannot be divided by another",
+        ),
+    ],
+)
+def test_what_a_cache_cannot_serve_is_refused_before_work_begins(place, context, change, said):
+    with pytest.raises(UsageError, match=said):
+        refused(place, change)
+
+
+def test_what_it_can_serve_is_not_refused(place, context):
+    refused(place, lambda d: None)
+    refused(place, lambda d: (op(d).update(temperature=2.0), train(d)["loss"][0]["divergence"].update(temperature=2.0)))
+    schedule = {"points": [[0, 1.0], [3, 2.0]]}
+    hidden = lambda d: (op(d).pop("k"), op(d).update(keep="hidden"))  # noqa: E731
+    refused(place, lambda d: (hidden(d), train(d)["loss"][0]["divergence"].update(temperature=schedule)))
+
+
+def run(place, out, *more, fault="", shard=64 << 20):
+    """The command, with small shards."""
+    code = f"import distill.scores as s; s.SHARD_BYTES = {shard}\nfrom distill.cli import main\nmain()"
+    command = [sys.executable, "-W", "ignore", "-c", code, "run", "small.yaml", "--out", out, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
+
+
+def test_a_run_that_is_killed_while_it_caches_goes_on_and_two_ranks_write_what_one_does(place, context, tmp_path):
+    assert run(place, "run", fault="scores.after_shard:kill:3", shard=30_000).returncode == -9
+    path = place / "run/kept/scores"
+    left = {shard.name for shard in path.glob("r*")}
+    assert len(left) == 3
+    ended = run(place, "run", "--ranks", "2", shard=30_000)
+    assert ended.returncode == 0 and "goes on where it was interrupted" in ended.stderr, ended.stderr
+    assert left < {shard.name for shard in path.glob("r*")}
+    assert {shard.name[:6] for shard in path.glob("r*")} == {"r00000", "r00001"}
+    _, told = write(context, tmp_path / "scores", k=8)
+    assert stored(path) == stored(tmp_path / "scores")
+    assert json.loads((place / "run/kept/stage.json").read_text())["metrics"]["cache"]["tokens"] == told["tokens"]
+    entries = [json.loads(line) for line in (place / "run/student/log.jsonl").read_text().splitlines()]
+    assert [entry["teacher_forwards"] for entry in entries] == [{"t": 0}] * STEPS
+    assert entries[0]["teacher_flops"] == 0 and entries[0]["terms"]["divergence.jsd"] > 0

@@ -550,7 +550,7 @@ def language_model(family, **own):
     """Of families that tiny has no row for as well."""
     if family in tiny.FAMILIES:
         return tiny.model(family, tiny.head(family), **own)
-    config = transformers.AutoConfig.for_model(family, **tiny.GROUPED, **own)
+    config = transformers.AutoConfig.for_model(family, **{**tiny.GROUPED, **own})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -30,10 +30,12 @@ class Facts:
 
 def load(path: Path):
     """The tokeniser in a directory; its own code is never run and the network is never asked."""
-    from transformers import AutoTokenizer
+    import transformers
 
+    # one that is all in its tokenizer.json: AutoTokenizer would give it Qwen's normaliser beside a Qwen's config.json
+    kind = transformers.PreTrainedTokenizerFast if _is_plain(Path(path)) else transformers.AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the libraries below raise on damaged files, bare `Exception` included
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no usable tokeniser in {path}: {reason}") from error
@@ -41,6 +43,11 @@ def load(path: Path):
     if set(itertools.chain.from_iterable(encode(tokenizer, list(PROBES)))) <= set(tokenizer.all_special_ids):
         raise UserError(f"no usable tokeniser in {path}: it knows no word; are its vocabulary files there?")
     return tokenizer
+
+
+def _is_plain(path: Path) -> bool:
+    settings = path / "tokenizer_config.json"
+    return settings.is_file() and files.read_json(settings).get("tokenizer_class") == "TokenizersBackend"
 
 
 def facts(tokenizer) -> Facts:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import corpus, scores, world
-from distill.frozen import frozen
+from distill.frozen import frozen, insist_on_pieces
 from distill.heads import Logits
 from distill.kept import HEAD, Keep, KeepHidden, KeepSampled, KeepTopK, Values, settings
 from distill.keys import document_keys, documents
@@ -34,6 +34,7 @@ def write(op, src: Path, out: Path, context) -> dict[str, Any]:
     """The store in `out`, of the training side of a corpus, all ranks together; what stage.json says of it."""
     text, began = corpus.open(src, "train"), time.perf_counter()
     teacher = Teacher(frozen(op.teacher, "causal", context), text, context.seed)
+    insist_on_pieces(teacher.model, op.teacher, context, text)
     keep = _keep(op, teacher)
     if isinstance(keep, KeepHidden):
         world.first(lambda: keep.save(out))

@@ -346,7 +346,7 @@ RECIPE = {
         },
     ],
 }
-PADDED = 67  # rows of the heads, of which the tokeniser knows 62
+KNOWN, PADDED = tiny.VOCAB, 67  # pieces of the tokeniser, rows of the heads
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def place(tmp_path_factory):
     padded = {"vocab_size": PADDED}
     tiny.save(tiny.model("qwen2", "causal", **padded), path / "teacher", tiny.tokenizer())
     tiny.save(tiny.model("qwen2", "causal", seed=1, **padded), path / "other", tiny.tokenizer())
-    tiny.save(language_model("granite", logits_scaling=3.0, **padded), path / "unpacked")
+    tiny.save(language_model("granite", logits_scaling=3.0, **padded), path / "unpacked", tiny.tokenizer())
     tiny.save(tiny.model("bert", "mlm", **padded), path / "masked")
     (path / "small.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     return path
@@ -412,23 +412,23 @@ def test_hidden_states_from_disk_teach_as_the_teacher_itself(context, tmp_path, 
             near(found[name], expected[name], atol=1e-6 * expected[name].abs().max().item())
 
 
-@pytest.mark.parametrize(("k", "kind"), [(3, "forward_kl"), (20, "reverse_kl"), (62, "jsd")])
+@pytest.mark.parametrize(("k", "kind"), [(3, "forward_kl"), (20, "reverse_kl"), (KNOWN, "jsd")])
 def test_the_likeliest_tokens_from_disk_teach_as_those_of_the_teacher(context, tmp_path, k, kind):
     source, _ = write(context, tmp_path / "scores", k=k, temperature=2.0, dtype="float32")
     student, batch = student_of(), rows(context, 3, 0, 5)
     ours, _ = step(source, student, batch, kind=kind, temperature=2.0)
-    whole, _ = step(Online(frozen("teacher", "causal", context), 62), student, batch, kind=kind, temperature=2.0)
+    whole, _ = step(Online(frozen("teacher", "causal", context), KNOWN), student, batch, kind=kind, temperature=2.0)
     logits = _trace_of(frozen("teacher", "causal", context), batch).whole().double()
     head = _trace_of(student, batch)
-    theirs = divergence(head.trimmed(62), kept(logits[:, :62], k, 2.0), kind, temperature=2.0, reduction="sum")
+    theirs = divergence(head.trimmed(KNOWN), kept(logits[:, :KNOWN], k, 2.0), kind, temperature=2.0, reduction="sum")
     near(ours / theirs.detach(), torch.ones(()), atol=1e-5)
-    assert ours < whole or (k == 62 and abs(ours / whole - 1) < 1e-5)
+    assert ours < whole or (k == KNOWN and abs(ours / whole - 1) < 1e-5)
 
 
 def test_draws_from_disk_teach_as_the_teacher_on_average(context, tmp_path):
     """Over twelve caches of other seeds: within three standard errors, and these are small."""
     student, batch = student_of(), rows(context, 3, 0, 5)
-    exact, slope = step(Online(frozen("teacher", "causal", context), 62), student, batch)
+    exact, slope = step(Online(frozen("teacher", "causal", context), KNOWN), student, batch)
     losses, slopes = [], []
     for seed in range(12):
         source, _ = write(Context(context.recipe, context.out, seed), tmp_path / f"{seed}", keep="sampled", draws=20)
@@ -585,7 +585,7 @@ def train(document):
         (lambda d: op(d).update(keep="sampled"), "k: only keep: topk has it"),
         (lambda d: op(d).update(dtype="bfloat16"), "bfloat16 keeps two digits"),
         (lambda d: op(d).update(k=0), "greater than 0"),
-        (lambda d: op(d).update(k=63), "k: 63 of 62 tokens; 62 keeps all of them"),
+        (lambda d: op(d).update(k=KNOWN + 1), f"k: {KNOWN + 1} of {KNOWN} tokens; {KNOWN} keeps all of them"),
         (lambda d: op(d).update(teacher="masked"), "bert predicts masked tokens"),
         (lambda d: op(d).update(teacher="nobody"), "nobody"),
         (lambda d: op(d).update(temperature=2.0), "temperature: the teacher is cached at 2"),

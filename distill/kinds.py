@@ -172,6 +172,7 @@ class TrainSpec(Value):
     save_every: Positive = Field(100, description="steps between snapshots")
     keep: Positive = Field(1, description="snapshots to keep")
     dropout: bool = Field(False, description="train the student with the dropout of its config")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="added to the recipe's: another start, another data order")
 
     def objectives(self) -> list[tuple[str, Value]]:
         """(name, objective) in the order of the recipe."""

@@ -131,7 +131,7 @@ def seed_checkpoint(
         tokenizer = corpus and corpus / "tokenizer"
         config = _new_config(student.new, resolve_ref)
         config = classifiers.named(config, classes) if classes else config
-        return _save(fresh(config, head, seed), dst, carry=tokenizer)
+        return save(fresh(config, head, seed), dst, carry=tokenizer)
     if student.from_:
         return _continue(source, dst, head, seed, classes)
     ops = student.grow.operators() if student.grow else [("cut", Cut(layers=student.cut.layers))]
@@ -154,7 +154,7 @@ def export(start: Path, trained: Mapping[str, torch.Tensor], dst: Path) -> Path:
     with torch.no_grad():
         for name, tensor in trained.items():
             places[loading.inside(name, model)].copy_(tensor)
-    return _save(model, dst, carry=start, overwrite=True, story={"preserves": "no"})
+    return save(model, dst, carry=start, overwrite=True, story={"preserves": "no"})
 
 
 def _continue(source: Path, dst: Path, head: str | None, seed: int, classes: Sequence[str] | None) -> Path:
@@ -166,7 +166,7 @@ def _continue(source: Path, dst: Path, head: str | None, seed: int, classes: Seq
         model = classifiers.load(source, classes)
     else:
         model = _with_new_head(source, classes, seed)
-    return _save(model, dst, carry=source)
+    return save(model, dst, carry=source)
 
 
 def _with_new_head(source: Path, classes: Sequence[str], seed: int) -> nn.Module:
@@ -211,7 +211,7 @@ def _new_config(new, resolve_ref: Callable[[str], Path]):
     return loading.configuration(files.read_json(path), path)
 
 
-def _save(
+def save(
     model: nn.Module, dst: Path, carry: Path | None, overwrite: bool = False, story: Mapping[str, str] | None = None
 ) -> Path:
     """The checkpoint directory, whole or not at all, with the tokenizer and the lineage of `carry`.

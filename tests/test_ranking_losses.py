@@ -62,11 +62,12 @@ def test_margin_mse_is_its_formula_for_one_negative_and_for_many(drawn):
 def test_the_gradient_of_a_margin_is_nothing_in_sum_and_a_shift_changes_nothing(drawn):
     student, teacher, _ = drawn
     loss = margin_mse(student[:, 0], student[:, 1:], teacher[:, 0], teacher[:, 1:])
+    expected = loss.item()
     (gradient,) = torch.autograd.grad(loss, student)
     assert gradient.sum(1).abs().max() < 1e-12 and gradient.abs().max() > 0.1
     shifted = student + torch.arange(B)[:, None], teacher - 7.0
     again = margin_mse(shifted[0][:, 0], shifted[0][:, 1:], shifted[1][:, 0], shifted[1][:, 1:])
-    close(again, float(loss))
+    close(again, expected)
 
 
 def test_all_pairs_in_linear_time_are_all_pairs(drawn):

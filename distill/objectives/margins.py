@@ -30,7 +30,7 @@ def scale_mismatch(student: Tensor, teacher: Tensor, bound: float | None = None)
         beyond = 100 * float((teacher.abs() > bound).double().mean())
         return (
             f"the student's similarity is a cosine, so its margins end at {bound:g}; the teacher's go to {widest:.3g}, "
-            f"{beyond:.0f} % are beyond: scale: auto would be {margin_scale(student, teacher):.3g}; or take similarity: dot"
+            f"{beyond:.0f} % are beyond: scale: auto would be {margin_scale(student, teacher):.3g}; dot has no such end"
         )
     if bound is None and widest <= 1 and spread > 10 * taught:
         return (

@@ -1,0 +1,116 @@
+"""Texts, one a row, through an encoder: each once, with others of its length, so that padding is rare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill import layout
+from growth.errors import UserError
+
+# Places of one pass through the encoder, padding counted: the first is measured (benchmarks/LOG.md), the second a guess
+PLACES, PLACES_ON_A_GPU = 2048, 2**17
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Ids [N, T], all padding behind; how many of a row are real [N]; types [N, T] where there are two of them."""
+
+    ids: Tensor
+    lengths: Tensor
+    types: Tensor | None = None
+
+    @cached_property
+    def real(self) -> Tensor:
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]  # [N, T]
+
+    def at(self, rows: Tensor) -> Texts:
+        """Some of them, without places that are padding in all."""
+        lengths = self.lengths[rows]
+        ids, types = (x if x is None else x[rows, : int(lengths.max())] for x in (self.ids, self.types))
+        return Texts(ids, lengths, types)
+
+
+def texts(batch: Mapping[str, Tensor]) -> Texts:
+    """From input_ids and segment_ids [N, T], padded on whichever side."""
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    if ids.dim() != 2 or segments.shape != ids.shape:
+        raise UserError(f"texts are [N, T]: input_ids is {list(ids.shape)}, segment_ids {list(segments.shape)}")
+    if bool((segments > 1).any()):
+        raise UserError("rankers take one text a row, these rows hold several documents: corpora need packed: false")
+    return flush(ids, segments > 0)
+
+
+def flush(ids: Tensor, real: Tensor, types: Tensor | None = None) -> Texts:
+    """Of rows with gaps, what is real, moved to the front."""
+    lengths = real.sum(1)
+    if len(ids) and not bool(lengths.all()):
+        raise UserError(f"text {int(lengths.argmin())} of a batch has no token: there is nothing to score")
+    order = (~real).long().argsort(dim=1, stable=True)[:, : int(lengths.max()) if len(ids) else 0]
+    ids, types = (x if x is None else x.gather(1, order) for x in (ids, types))
+    return Texts(ids, lengths, types)
+
+
+def encoded(encoder: nn.Module, texts: Texts, pick: Callable[[Tensor, Texts], Tensor]) -> Tensor:
+    """What `pick` makes of hidden states [n, t, D] of some texts [n, ...], of all of them [N, ...] in their order."""
+    return in_order(texts.lengths, lambda rows: _picked(encoder, texts.at(rows), pick))
+
+
+def in_order(lengths: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """run(rows) [n, ...] for rows of like length, put together as if it had been called with all of them."""
+    order = lengths.argsort(stable=True)
+    parts = [run(rows) for rows in _like(order, lengths[order].tolist())]
+    return torch.cat(parts)[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
+
+
+def _like(order: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+    """Runs of the order that, padded to their longest (the last), have at most so many places; at least one row."""
+    most, start = PLACES if order.device.type == "cpu" else PLACES_ON_A_GPU, 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (end + 1 - start) * lengths[end] > most:
+            yield order[start:end]
+            start = end
+
+
+def _picked(encoder: nn.Module, texts: Texts, pick: Callable[[Tensor, Texts], Tensor]) -> Tensor:
+    return pick(encoder(**inputs(encoder, texts)).last_hidden_state, texts)
+
+
+def inputs(encoder: nn.Module, texts: Texts) -> dict[str, Tensor]:
+    """The arguments of the encoder's forward."""
+    longest = layout.longest(encoder.config)
+    if longest is not None and texts.ids.shape[1] > longest:
+        raise UserError(
+            f"a text of {texts.ids.shape[1]} tokens, and this {encoder.config.model_type} reads {longest}: "
+            "make query_length or passage_length smaller"
+        )
+    given = layout.inputs(encoder, {"input_ids": texts.ids, "segment_ids": texts.real.long()})
+    return given if texts.types is None else given | {"token_type_ids": texts.types}
+
+
+# What a ranker takes from hidden states
+
+
+def first(hidden: Tensor, texts: Texts) -> Tensor:
+    return hidden[:, 0]  # [N, D]
+
+
+def last(hidden: Tensor, texts: Texts) -> Tensor:
+    return hidden[torch.arange(len(hidden), device=hidden.device), texts.lengths - 1]  # [N, D]
+
+
+def mean(hidden: Tensor, texts: Texts) -> Tensor:
+    return hidden.masked_fill(~texts.real[:, :, None], 0).sum(1) / texts.lengths[:, None]  # [N, D]
+
+
+POOLING = {"cls": first, "last": last, "mean": mean}
+
+
+def padded(hidden: Tensor, length: int) -> Tensor:
+    """[n, t, D] -> [n, length, D]."""
+    return F.pad(hidden, (0, 0, 0, length - hidden.shape[1]))

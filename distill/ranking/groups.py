@@ -69,12 +69,20 @@ class Groups:
         named = [self.query_ids, self.document_ids]
         return files.digest([named, [_sha256(getattr(self, name)) for name in ARRAYS]])
 
+    def codes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each pair once, as a number [U], and where those of all positives and negatives stand there [N + M]."""
+        queries = np.concatenate([self.query, self.query[self.owner]]).astype(np.int64)
+        every = queries * len(self.document_ids) + np.concatenate([self.positive, self.negative])
+        return np.unique(every, return_inverse=True)
+
+    def named(self, codes: np.ndarray) -> Iterator[tuple[str, str]]:
+        """(query, document) of such numbers."""
+        both = (divmod(code, len(self.document_ids)) for code in codes.tolist())
+        return ((self.query_ids[query], self.document_ids[document]) for query, document in both)
+
     def pairs(self) -> Iterator[tuple[str, str]]:
         """(query, document), each once: what a teacher is asked for, however often it stands in groups."""
-        width = max(len(self.document_ids), 1)
-        queries = np.concatenate([self.query, self.query[self.owner]]).astype(np.int64)
-        every = np.unique(queries * width + np.concatenate([self.positive, self.negative]))
-        return ((self.query_ids[pair // width], self.document_ids[pair % width]) for pair in every.tolist())
+        return self.named(self.codes()[0])
 
     def only(self, kept: np.ndarray) -> Groups:
         """With these of the negatives [M] bool; a group that keeps none is left out."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.corpus.streams import Budget, seekable, text
+from distill.ranking import pickled
 from distill.ranking.texts import numbered, records
 from distill.ranking.trec import number
 from growth.errors import UserError
@@ -139,4 +140,9 @@ def _scores(record: dict[str, Any], documents: tuple[str, ...], where: str) -> t
     return tuple(number(str(value), where, "a score") for value in values)
 
 
-READERS = {"tsv": _tab_separated, "jsonl": _json_lines, "parquet": _parquet}
+def _pickled(path: Path, ids: bool) -> Iterator[Row]:
+    for pair in pickled.pairs(path):
+        yield Row(pair.where, pair.query, (pair.document,), (pair.score,), positive=False, ids=True)
+
+
+READERS = {"tsv": _tab_separated, "jsonl": _json_lines, "parquet": _parquet, "pkl": _pickled}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ JUDGEMENT = "four columns: query, iteration, document, grade (a whole number)"
 RUN = "six columns: query, Q0, document, rank, score, name of the run"
 TOPIC = re.compile(r"<top>(.*?)</top>", re.DOTALL | re.IGNORECASE)
 NUMBER = re.compile(r"<num>\s*(?:Number:)?\s*([^\s<]+)", re.IGNORECASE)
+LARGEST = 3.4e38  # a store and a model hold single precision
 FIELD = r"<{}>\s*(?:(?:Topic|Description|Narrative):)?\s*(.*?)\s*(?=<|\Z)"
 
 Run = Mapping[str, Mapping[str, float]]  # query -> document -> score
@@ -73,12 +73,12 @@ def ranked(scores: Mapping[str, float]) -> list[str]:
 
 
 def number(text: str, where: str, expected: str) -> float:
-    """A finite one."""
+    """A finite one, of single precision as well."""
     try:
         value = float(text)
     except ValueError:
         raise UserError(f"{where}: {text[:40]!r} is no number; expected {expected}") from None
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST:
         raise UserError(f"{where}: a score is {text}; expected a finite number")
     return value
 

@@ -1,8 +1,8 @@
 """Documents that look like an answer and are none: negatives worth training on. No torch.
 
 Candidates come from a run (`search`: BM25, or a model's vectors); what is known to answer a query, or has the same
-text, is never among its negatives. Most false negatives of MS MARCO are near the top (Qu et al. 2021, arXiv
-2010.08191): a teacher's scores take them out.
+text, is never among its negatives. Answers that nobody has labelled are common at the top of a ranking (Qu et al.
+2020, arXiv 2010.08191): a teacher's scores take them out.
 """
 
 from __future__ import annotations

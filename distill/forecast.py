@@ -15,7 +15,7 @@ import click
 
 from distill import stages
 from distill.context import Context
-from distill.cost import Cost, as_much_as, steps_for
+from distill.cost import Cost, as_much_as, steps_for, working
 from distill.kinds import Stage
 from distill.preflight import Planned, check
 from distill.recipe import Recipe
@@ -66,8 +66,11 @@ def show(recipe: Recipe, out: Path, ranks: int) -> None:
     workers = ranks if machine == "GPU" else 1
     if grown := [stage for stage in recipe.stages if stage.grow]:
         table(*_grown(grown, planned))
-    table(*_stages(rows, recipe.seeds, speed * UTILISATION * workers))
-    table(*_memory(rows))
+    if refined := [stage for stage in recipe.stages if stage.data]:
+        table(*_refined(refined, planned, speed * UTILISATION * workers))
+    if rows:
+        table(*_stages(rows, recipe.seeds, speed * UTILISATION * workers))
+        table(*_memory(rows))
     for line in NOTES:
         click.echo(line)
     click.echo(_time_note(speed, machine, recipe))
@@ -84,6 +87,28 @@ def _grown(stages: list[Stage], planned: Planned) -> tuple[list[str], list[list[
         ops = ", ".join(name for name, _ in stage.grow.operators())
         lines.append([stage.id, stage.grow.from_, ops, _shape(facts), count(facts.parameters), story["preserves"]])
     return ["stage", "from", "operators", "model", "parameters", "preserves"], lines, "what grows"
+
+
+def _refined(stages: list[Stage], planned: Planned, speed: float) -> tuple[list[str], list[list[Any]], str]:
+    lines, seeds = [], planned.recipe.seeds
+    for stage in stages:
+        ops = stage.data.operations()
+        readers = [reference for _, op in ops for reference in op.readers]
+        each = sum(2 * working(planned.facts(reference), head=True) for reference in readers)
+        tokens, exact = corpus_tokens(planned, stage.data.from_)
+        flops = _times(tokens, each * seeds) if each else 0
+        lines.append(
+            [
+                stage.id if seeds == 1 else f"{stage.id} x {seeds} seeds",
+                stage.data.from_,
+                ", ".join(name for name, _ in ops),
+                ", ".join(readers) or "-",
+                _or_unknown(tokens, lambda n, exact=exact: f"{'' if exact else '~'}{count(n)}"),
+                _or_unknown(flops, _flops),
+                _or_unknown(flops, lambda n: seconds(n / speed) if n else "-"),
+            ]
+        )
+    return ["stage", "from", "operations", "read by", "tokens", "FLOPs", "time"], lines, "what is done to text"
 
 
 def _shape(facts) -> str:
@@ -110,7 +135,7 @@ def forecast(stage: Stage, planned: Planned, ranks: int) -> Forecast:
     )
 
 
-def _times(steps: int | None, each: float) -> float | None:
+def _times(steps: float | None, each: float) -> float | None:
     return None if steps is None else steps * each
 
 
@@ -221,7 +246,7 @@ def _or_unknown(value, write) -> str:
 
 
 def _memory(rows: list[Forecast]) -> tuple[list[str], list[list[str]], str]:
-    parts = list(rows[0].memory) if rows else []
+    parts = list(rows[0].memory)
     lines = [[r.stage, *(size(r.memory[p]) for p in parts), size(sum(r.memory.values()))] for r in rows]
     return ["stage", *parts, "together"], lines, "memory of one rank"
 

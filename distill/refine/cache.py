@@ -47,6 +47,10 @@ class Cache(DataOp):
             raise ValueError("dtype: bfloat16 keeps two digits of a log-probability, float16 three in as many bytes")
         return self
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return (self.teacher,)
+
     def check(self, planned, text) -> Iterator[str]:
         facts = planned.facts(self.teacher)
         if not facts.causal:

@@ -22,6 +22,10 @@ class Label(DataOp):
         0.0, description="rows whose likeliest class has a smaller probability are left out"
     )
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return (self.teacher,)
+
     def plan(self, text, recipe):
         return text.model_copy(update={"label": f"{self.teacher} says so"})
 

@@ -19,6 +19,11 @@ class DataOp(Value):
 
     makes: ClassVar[Literal["corpus", "scores"]] = "corpus"
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The models that read the whole corpus once."""
+        return ()
+
     def plan(self, text: CorpusSpec, recipe) -> CorpusSpec:
         """What the corpus will be: its tokeniser and the length of its rows, if they change."""
         return text

@@ -46,6 +46,10 @@ class Score(DataOp):
     def models(self) -> dict[str, str]:
         return {"teacher": self.teacher} | ({"reference": self.reference} if self.reference else {})
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return tuple(self.models.values())
+
     def check(self, planned, text) -> Iterator[str]:
         for name, reference in self.models.items():
             facts = planned.facts(reference)

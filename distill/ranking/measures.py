@@ -85,8 +85,10 @@ def _measured(names: Sequence[str], judged: Judgements, run: Run) -> dict[str, d
 
 def _parsed(ir, name: str):
     try:
-        return ir.parse_measure(name)
-    except (NameError, ValueError, SyntaxError) as error:
+        measure = ir.parse_measure(name)
+        measure.validate_params()
+        return measure
+    except (NameError, ValueError, SyntaxError, AssertionError) as error:
         raise UsageError(f"no measure {name!r}{did_you_mean(name, [*MEASURES, 'MRR@10', 'MAP'])} ({error})") from None
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from distill import classifiers, models, world
-from distill.corpus import store, subset
+from distill.corpus import store
+from distill.refine.gather import Chosen, gather
 from distill.sources import weights_sha256
-from growth import files
 from growth.console import say
 from growth.errors import UserError
 
@@ -25,16 +25,14 @@ def write(op, src: Path, out: Path, context) -> dict[str, Any]:
     told = {side: one.told(classes) for side, one in found.items()}
     if not len(found[store.TRAIN].kept):
         raise UserError(f"label: {op.teacher} is nowhere sure enough for confidence: {op.confidence:g}")
-    kept = {side: one.kept for side, one in found.items() if len(one.kept)}
     request = {
         "from": store.read_manifest(src)["digest"],
         "labelled_by": op.teacher,
         "teacher_digest": weights_sha256(path),
         "confidence": op.confidence,
     }
-    with files.committed(out, overwrite=True) as directory:
-        labels = {side: found[side].classes[rows] for side, rows in kept.items()}
-        subset.write(src, directory, kept, request, classes=classes, labels=labels)
+    names = np.array(classes, dtype=object)
+    gather(out, {side: [one.chosen(names)] for side, one in found.items() if len(one.kept)}, request, classes)
     _tell(op.teacher, told)
     return told
 
@@ -45,6 +43,9 @@ class Labelled:
     def __init__(self, classes: np.ndarray, sure: np.ndarray, corpus: store.Corpus, confidence: float):
         self.classes, self.sure, self.corpus = classes, sure, corpus  # [rows] each
         self.kept = np.flatnonzero(sure >= confidence)
+
+    def chosen(self, names: np.ndarray) -> Chosen:
+        return Chosen(self.corpus, self.kept, names[self.classes[self.kept]])
 
     def told(self, classes: list[str]) -> dict[str, Any]:
         """Counts; and how often the teacher is right, where the corpus knows."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
+import yaml
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 
-from distill import classifiers, corpus, models
+from distill import classifiers, corpus, models, preflight, recipe
+from distill.context import Context
+from distill.evaluate.accuracy import macro_f1
 from distill.heads import Logits
 from distill.objectives import CrossEntropy, Divergence
 from distill.refine.label import Label
@@ -339,3 +346,129 @@ def test_a_teacher_that_is_never_sure_enough_is_said(unlabelled, tmp_path):
     with pytest.raises(UserError, match="nowhere sure enough"):
         Label(teacher="t", confidence=0.99999).apply(unlabelled, tmp_path / "out", Place(tmp_path / "teacher"))
     assert not (tmp_path / "out").exists()
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+FEW = {"source": "animals.jsonl", "tokenizer": "base", "length": 40, "heldout": 0.2, "packed": False, "label": "animal"}
+LEARN = {"data": "few", "optim": {"batch": 8}, "lr": 0.01, "stop": {"steps": 30}}
+CE = {"loss": [{"ce": {"objective": "classify"}}]}
+SOFT = {"targets": {"t": {"from": "teacher"}}, "loss": [{"divergence": {"target": "t", "objective": "classify"}}]}
+SMALL = {"new": {"config": "small.json"}}
+STAGES = {
+    "teacher": {"train": {**LEARN, **CE, "student": {"from": "base"}}},
+    "pretrained": {"train": {**LEARN, "student": SMALL, "data": "text", "loss": [{"ce": {"objective": "mlm"}}]}},
+    "distilled": {"train": {**LEARN, **SOFT, "student": {"from": "pretrained"}, "data": "text", "dropout": True}},
+    "student": {"train": {**LEARN, **CE, "student": {"from": "distilled"}, "evaluate_every": 15}},
+    "answers": {"data": {"from": "text", "ops": [{"label": {"teacher": "teacher", "confidence": 0.4}}]}},
+    "answered": {"train": {**LEARN, **CE, "student": {"cut": {"from": "base", "layers": [0, 3]}}, "data": "answers"}},
+    "report": {
+        "evaluate": {
+            "rows": {"teacher": "teacher", "student": "student", "answered": "answered", "pretrained": "pretrained"},
+            "on": ["accuracy", "macro_f1", "heldout_loss"],
+            "data": "few",
+        }
+    },
+}
+RECIPE = {
+    "recipe": "animals",
+    "models": {"base": {"from": "base"}},
+    "corpora": {"few": FEW, "text": {**FEW, "source": "text.jsonl", "label": None}},
+    "stages": [{"id": name, **stage} for name, stage in STAGES.items()],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory with a base model, texts and a recipe."""
+    path = tmp_path_factory.mktemp("place")
+    tiny.save(tiny.model("bert"), path / "base", tiny.tokenizer())
+    small = tiny.config("bert", num_hidden_layers=2, hidden_size=24, num_attention_heads=4)
+    (path / "small.json").write_text(json.dumps(small.to_dict()))
+    write(path / "animals.jsonl", records(150))
+    write(path / "text.jsonl", [{"text": record["text"]} for record in records(120)])
+    return path
+
+
+def check(place: Path, monkeypatch, **changes) -> str:
+    """What a recipe of one of the stages is refused with."""
+    monkeypatch.chdir(place)
+    stages = [
+        {"id": name, **stage} for name, stage in {**STAGES, **changes}.items() if name not in ("answered", "report")
+    ]
+    (place / "bad.yaml").write_text(yaml.safe_dump({**RECIPE, "stages": stages}))
+    read = recipe.load(place / "bad.yaml")
+    with pytest.raises(UserError) as refused:
+        preflight.check(read, Context(read, place / "none", 0))
+    return str(refused.value)
+
+
+def train(**changes) -> dict:
+    return {"train": {**LEARN, **CE, "student": {"from": "base"}, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": train(data="text")}, "text has no classes; set `label` of the corpus, or"),
+        ({"distilled": train(**{**SOFT, "targets": {"t": {"from": "base"}}})}, "no classification head; train one first"),
+        ({"student": train(loss=[*CE["loss"], {"divergence": {"target": "t", "objective": "mlm"}}], **{
+            "targets": {"t": {"from": "base"}}})}, "objective classify and mlm are two stages"),
+        ({"answers": {"data": {"from": "text", "ops": [{"label": {"teacher": "base"}}]}}}, "no classification head"),
+    ],
+)  # fmt: skip
+def test_what_cannot_classify_is_refused_before_text_is_read(changes, message, place, monkeypatch):
+    assert message in check(place, monkeypatch, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(place) -> Path:
+    (place / "animals.yaml").write_text(yaml.safe_dump(RECIPE))
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "animals.yaml", "--out", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return place / "run"
+
+
+def test_both_ways_to_learn_from_a_teacher_end_in_a_table(run):
+    report = json.loads((run / "report.json").read_text())
+    rows = {row["name"]: row["metrics"] for row in report["rows"]}
+    assert all({"accuracy", "macro_f1"} <= rows[name].keys() for name in ("teacher", "student", "answered"))
+    assert "accuracy" not in rows["pretrained"] and "heldout_loss" in rows["pretrained"]
+    assert (
+        "heldout_loss" not in rows["teacher"]
+        and "where there is no classification head" in (run / "report.md").read_text()
+    )
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        run / "student/model", output_loading_info=True
+    )
+    assert (
+        not info["missing_keys"] and not info["unexpected_keys"] and model.config.id2label == dict(enumerate(CLASSES))
+    )
+
+
+def test_accuracy_is_what_transformers_alone_counts(run):
+    names, _ = said(run / "corpora/few", run / "student/model", "heldout")
+    truth = kinds(corpus.open(run / "corpora/few", "heldout"))
+    report = json.loads((run / "report.json").read_text())
+    found = next(row for row in report["rows"] if row["name"] == "student")["metrics"]["accuracy"]
+    assert (
+        found["mean"] == pytest.approx(sum(map(str.__eq__, names, truth)) / len(truth)) and found["error"] is not None
+    )
+
+
+def test_the_student_starts_where_the_stage_before_ended_and_is_taught_without_labels(run):
+    (before, after) = (
+        load_file(run / stage / "model.safetensors") for stage in ("pretrained/model", "distilled/start")
+    )
+    body = {name for name in before if name.startswith("bert.")}
+    assert body and all(before[name].equal(after[name]) for name in body)
+    assert corpus.open(run / "corpora/text").classes is None
+    told = json.loads((run / "answers/stage.json").read_text())["metrics"]["label"]
+    assert "agreement" not in told["train"] and 0 < told["train"]["kept"] <= told["train"]["rows"]
+
+
+def test_macro_f1_is_the_mean_over_classes():
+    truth, found = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 1, 1])
+    assert macro_f1(found, truth) == pytest.approx((4 / 5 + 4 / 6 + 0) / 3)

@@ -23,7 +23,7 @@ BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
 def documents(path: Path, field: str, label: str | None = None) -> Iterator[Document]:
-    """The documents of a file, or of a directory's files one after the other; `label` is the column of their classes."""
+    """The documents of a file, or of a directory's files one after the other; `label`: the column of their classes."""
     for file in files(path):
         yield from READERS[kind(file)](file, field, label)
 

@@ -54,11 +54,11 @@ def _check(sides: Sides, heldout: float, source: str) -> None:
 class Sides(dict):
     """{name: the texts of a side}, while they are written."""
 
-    def __init__(self, directory: Path, names: Iterable[str]):
+    def __init__(self, directory: Path, names: Iterable[str], classes: Iterable[str] = ()):
         super().__init__({name: Side(directory, name) for name in names})
         self.parts: dict[str, int] = {}
-        self.classes: list[str] | None = None  # their names in order; None where no document has one
-        self._labels: dict[str, int] = {}
+        self._labels = {name: i for i, name in enumerate(classes)}
+        self.classes = list(self._labels) or None  # unless given, those that documents have, sorted
         self.counts = {"bytes": 0, "documents": 0, "words": 0, "blank": 0, "cut": 0}
         self._hash = hashlib.sha256()
 
@@ -74,7 +74,7 @@ class Sides(dict):
     def close(self) -> None:
         for side in self.values():
             side.close()
-        self.classes = sorted(self._labels) or None
+        self.classes = list(self._labels) if self.classes else sorted(self._labels) or None
 
     def labels(self, side: str) -> np.ndarray:
         """The class of every document of a side as a place in `classes`."""

@@ -23,17 +23,23 @@ STEP = 4096  # rows in memory at once
 
 
 class Chosen(NamedTuple):
-    """Some rows of one side of a corpus, in the order in which they are wanted."""
+    """Some rows of one side of a corpus, in the order wanted; `names`: classes that they are given."""
 
     text: Corpus
     rows: np.ndarray
+    names: np.ndarray | None = None
 
 
-def gather(out: Path, given: dict[str, Sequence[Chosen]], request: dict[str, Any]) -> None:
-    """The corpus in `out` of the rows that are given of each side; `request` says in the manifest how it came about."""
+def gather(
+    out: Path, given: dict[str, Sequence[Chosen]], request: dict[str, Any], classes: Sequence[str] | None = None
+) -> None:
+    """The corpus in `out` of the rows that are given of each side; `request` says in the manifest how it came about.
+
+    `classes`: the names of all classes, where they are not those of the first corpus.
+    """
     first = given[store.TRAIN][0].text
     with files.committed(out, overwrite=True) as directory:
-        texts = Sides(directory, given, first.classes or ())
+        texts = Sides(directory, given, classes or first.classes or ())
         spans = {side: [_write_texts(chosen, side, texts) for chosen in several] for side, several in given.items()}
         texts.close()
         sides = {side: _write_side(several, spans[side], side, directory) for side, several in given.items()}
@@ -55,11 +61,12 @@ def _write_texts(chosen: Chosen, side: str, texts: Sides) -> tuple[np.ndarray, n
     spans = spans.astype(np.int64)
     order = np.lexsort((spans[:, 2], spans[:, 1], spans[:, 0]))
     document, start, end = spans[order].T
-    opens = np.append(True, (document[1:] != document[:-1]) | (start[1:] != end[:-1]))
+    classes = _classes(chosen, row)[order]
+    other = (document[1:] != document[:-1]) | (start[1:] != end[:-1]) | (classes[1:] != classes[:-1])
+    opens = np.append(True, other)
     heads = np.flatnonzero(opens)
     number = np.cumsum(opens) - 1  # the new document of each piece
     before, parts = len(texts[side].ends), chosen.text.manifest["parts"]
-    classes = _classes(chosen, row)[order] if chosen.text.classes else [None] * len(order)
     for head, last in zip(heads, np.append(heads[1:], len(order)) - 1, strict=True):
         text = chosen.text.texts.slice(int(document[head]), int(start[head]), int(end[last]))
         texts.add(text, parts[chosen.text.texts.parts[document[head]]], side, classes[head])
@@ -70,7 +77,9 @@ def _write_texts(chosen: Chosen, side: str, texts: Sides) -> tuple[np.ndarray, n
 
 def _classes(chosen: Chosen, row: np.ndarray) -> np.ndarray:
     """The name of the class of each piece, None where it is not known."""
-    names = np.array([*chosen.text.classes, None], dtype=object)  # the last place is that of UNKNOWN, -1
+    if chosen.names is not None:
+        return chosen.names[row]
+    names = np.array([*(chosen.text.classes or ()), None], dtype=object)  # the last place is that of UNKNOWN, -1
     return names[chosen.text.labels[chosen.rows[row]]]
 
 
@@ -103,7 +112,7 @@ def _write_rows(several: Sequence[Chosen], side: str, directory: Path) -> int:
 
 
 def _blocks(several: Sequence[Chosen]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for text, rows in several:
+    for text, rows, _ in several:
         types = np.min_scalar_type(text.facts.vocabulary - 1), np.min_scalar_type(text.length)
         for first in range(0, len(rows), STEP):
             block = text.block(rows[first : first + STEP])

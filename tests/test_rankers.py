@@ -276,12 +276,15 @@ def test_tk_is_its_kernels_one_by_one():
 
 def tokenizer_with(single: str, pair: str, types: bool = False):
     known = tiny.tokenizer()
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
     names = [("[CLS]", tiny.CLS), ("[SEP]", tiny.SEP)]
     known.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=names
     )
-    known.model_input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
-    return known
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=known.backend_tokenizer, model_max_length=tiny.LENGTH, model_input_names=inputs, **special
+    )
 
 
 @pytest.mark.parametrize(

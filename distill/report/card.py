@@ -13,7 +13,8 @@ from growth import console
 from growth.files import read_json, write_text
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-PIPELINES = {"ForMaskedLM": "fill-mask", "ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
+PIPELINES = {"ForMaskedLM": "fill-mask", "ForCausalLM": "text-generation", "LMHeadModel": "text-generation",
+             "ForSequenceClassification": "text-classification"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,49 @@ def facts(run: Path, directory: Path, stage: dict, report: dict) -> Facts:
     train = stage["train"]
     corpus = train["data"] if isinstance(train["data"], str) else train["data"]["from"]
     state = directory / "stage.json"
-    manifest = run / "corpora" / corpus / "manifest.json"
+    _, _, seed = directory.name.partition("@")
+    manifest = _corpus(run, corpus, seed) / "manifest.json"
     return Facts(
         name=f"{report['recipe']}-{directory.name}",
         about=report["about"],
         recipe=report["recipe"],
         stage=stage,
-        teachers={name: _sources(target["from"], report["models"]) for name, target in train["targets"].items()},
+        teachers={name: _taught(target, report["models"]) for name, target in train["targets"].items()},
         corpus={
             "name": corpus,
-            "source": report["corpora"][corpus]["source"],
+            "source": _text(corpus, report),
             "digest": read_json(manifest).get("digest", "") if manifest.is_file() else "",
         },
         training=(read_json(state).get("metrics") or {}) if state.is_file() else {},
         table=markdown_table(*table(report, mark="**")),
         worth=sentences(report),
     )
+
+
+def _corpus(run: Path, name: str, seed: str) -> Path:
+    """The directory of a corpus, or of what a data stage made (for this seed) of one."""
+    made = [run / f"{name}@{seed}" / "corpus", run / name / "corpus"]
+    return next((path for path in made if path.is_dir()), run / "corpora" / name)
+
+
+def _text(corpus: str, report: dict) -> str:
+    """Where a corpus comes from, through data stages if there are any."""
+    if corpus in report["corpora"]:
+        source = report["corpora"][corpus]["source"]
+        return source if isinstance(source, str) else ", ".join(part["source"] for part in source.values())
+    stage = report["refined"][corpus]
+    ops = ", then ".join(_named(op) for op in stage["ops"])
+    return f"{_text(stage['from'], report)} through {ops}"
+
+
+def _taught(target: dict, models: dict) -> list[str]:
+    """Where a target's values come from."""
+    if "ema" in target:
+        return ["the moving average of the student itself"]
+    if "cache" in target:
+        return [f"what stage {target['cache']} of the same recipe has kept of a teacher"]
+    references = [target["from"]] if "from" in target else target["ensemble"]
+    return [source for reference in references for source in _sources(reference, models)]
 
 
 def _sources(reference: str, models: dict) -> list[str]:
@@ -103,10 +131,18 @@ def _origin(facts: Facts) -> str:
     train = facts.stage["train"]
     (kind, value) = next((key, given) for key, given in train["student"].items() if given is not None)
     start = {"cut": _cut, "new": _new, "grow": _grown, "from": lambda reference: f"`{reference}`"}[kind](value)
-    taught = ", ".join(f"`{target['from']}`" for target in train["targets"].values())
+    taught = ", ".join(name for target in train["targets"].values() for name in _names(target))
     sources = "; ".join(f"`{name}`: " + " or ".join(found) for name, found in facts.teachers.items())
     teacher = f"distilled from {taught} ({sources})" if taught else "trained without a teacher"
     return f"Stage `{facts.stage['id']}` of the recipe `{facts.recipe}`: {teacher}. It started as {start}."
+
+
+def _names(target: dict) -> list[str]:
+    """What a recipe calls that which teaches."""
+    found = next(target[key] for key in ("from", "ensemble", "cache", "ema") if key in target)
+    if "ema" in target:
+        return [f"its own average ({found})"]
+    return [f"`{name}`" for name in ([found] if isinstance(found, str) else found)]
 
 
 def _cut(cut: dict) -> str:

@@ -39,6 +39,7 @@ def gather(run: Path) -> dict:
         "metrics": {name: facts for result in found.values() for name, facts in result["metrics"].items()},
         "stages": [stage for stage in recipe["stages"] if "train" in stage],
         "corpora": recipe.get("corpora", {}),
+        "refined": {stage["id"]: stage["data"] for stage in recipe["stages"] if "data" in stage},
         "models": recipe.get("models", {}),
         **{key: last[key] for key in PASSED_ON},
     }

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from distill import corpus, world
+from distill.alignment import Alignment
 from distill.corpus.masking import NONE
+from distill.frozen import alignment
 from distill.heads import Logits
 from distill.kept import HEAD, KEEPS, Keep, KeepHidden
 from distill.keys import document_keys, documents
 from distill.objectives.protocol import Needs
-from distill.objectives.sparse import Sampled, TopK
+from distill.objectives.sparse import Sampled, Spoken, TopK
 from distill.objectives.token_sum import scored
 from distill.refine.cache import behind
 from distill.scores import Reader
@@ -30,9 +32,10 @@ class Cached:
 
     calls = 0  # forward passes
     models = ()
-    alignment = None
 
-    def __init__(self, path: Path, device: torch.device):
+    def __init__(self, path: Path, device: torch.device, alignment: Alignment | None = None):
+        """`alignment`: with the student's tokeniser, where the teacher has read in ids of its own."""
+        self.alignment = alignment
         world.first(lambda: Reader(path))  # reads every byte, once
         self.reader, self.device = Reader(path, verify=False), device
         self.producer = self.reader.about.producers[0]
@@ -57,7 +60,10 @@ class Cached:
         return Trace({}, {}, causal=True, head=_rows(head, torch.searchsorted(every, asked), self.device))
 
 
-def _rows(head: TopK | Sampled | Logits, rows: Tensor, device: torch.device) -> TopK | Sampled | Logits:
+Head = TopK | Sampled | Spoken | Logits
+
+
+def _rows(head: Head, rows: Tensor, device: torch.device) -> Head:
     if isinstance(head, Logits):
         return replace(head, hidden=head.hidden[rows].to(device))
     values = {one.name: getattr(head, one.name) for one in fields(head)}
@@ -66,7 +72,9 @@ def _rows(head: TopK | Sampled | Logits, rows: Tensor, device: torch.device) -> 
 
 def opened(spec, context, text: corpus.Corpus) -> Cached:
     """The target `{cache: stage}` of a run that trains on this corpus; another teacher's or text's is refused."""
-    source = Cached(context.scores(spec.cache), world.device())
+    op = behind(context.recipe, spec)
+    told = alignment(op.teacher, context, text) if op.keep == "likelihood" else None
+    source = Cached(context.scores(spec.cache), world.device(), told)
     world.first(lambda: refuse_other(source, spec, context, text))
     return source
 

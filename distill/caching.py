@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from distill import corpus, scores, world
-from distill.frozen import frozen, insist_on_pieces
+from distill.alignment import Alignment
+from distill.frozen import alignment, frozen, insist_on_pieces
 from distill.heads import Logits
-from distill.kept import HEAD, Keep, KeepHidden, KeepSampled, KeepTopK, Values, settings
+from distill.kept import HEAD, Keep, KeepHidden, KeepLikelihood, KeepSampled, KeepTopK, Values, settings
 from distill.keys import document_keys, documents
 from distill.reading import next_tokens, passes
 from distill.scores import About, Ragged, Writer
@@ -33,8 +34,7 @@ PASSES = 8  # forward passes of a block: documents of similar length are found a
 def write(op, src: Path, out: Path, context) -> dict[str, Any]:
     """The store in `out`, of the training side of a corpus, all ranks together; what stage.json says of it."""
     text, began = corpus.open(src, "train"), time.perf_counter()
-    teacher = Teacher(frozen(op.teacher, "causal", context), text, context.seed)
-    insist_on_pieces(teacher.model, op.teacher, context, text)
+    teacher = _teacher(op, text, context)
     keep = _keep(op, teacher)
     if isinstance(keep, KeepHidden):
         world.first(lambda: keep.save(out))
@@ -50,7 +50,7 @@ def write(op, src: Path, out: Path, context) -> dict[str, Any]:
     world.raise_together(failure)
     (scored,) = world.agree(scored)
     world.first(lambda: scores.seal(out))
-    held = sum(path.stat().st_size for path in out.iterdir())
+    held = sum(path.stat().st_size for path in out.glob("r*"))  # without the teacher's head
     return {
         "tokens": int(scored),
         "bytes": held,
@@ -60,14 +60,23 @@ def write(op, src: Path, out: Path, context) -> dict[str, Any]:
 
 
 class Teacher:
-    """What a frozen model says of the next tokens of documents."""
+    """What a frozen model says of the next tokens of documents; with an alignment it reads them in ids of its own."""
 
-    def __init__(self, model: nn.Module, text: corpus.Corpus, seed: int):
-        self.model, self.text, self.seed = model, text, seed
+    def __init__(self, model: nn.Module, text: corpus.Corpus, seed: int, alignment: Alignment | None = None):
+        self.model, self.text, self.seed, self.alignment = model, text, seed, alignment
 
-    def head(self, several: list[np.ndarray]) -> Logits:
-        """Its logits at all tokens of these documents that have a next one, document after document."""
-        return next_tokens(self.model, several)[0].trimmed(self.text.facts.vocabulary)
+    def documents(self, rows: range) -> list[np.ndarray]:
+        """Those of some rows that have a next token to be predicted."""
+        ids, segments = zip(*(self.text.row(i) for i in rows), strict=True)
+        if self.alignment:
+            told = self.alignment.tell(np.stack(ids), np.stack(segments))
+            ids, segments = told.ids, told.segments
+        return [one for one in documents(ids, segments) if len(one) > 1]
+
+    def head(self, several: list[np.ndarray]) -> tuple[Logits, Tensor]:
+        """Its logits at all tokens of these documents that have a next one, document after document; and that one."""
+        head, following = next_tokens(self.model, several)
+        return head if self.alignment else head.trimmed(self.text.facts.vocabulary), following
 
     def starts(self, several: list[np.ndarray], keys: np.ndarray) -> Tensor:
         """A number from 0 to 1 for each of these tokens: a function of the seed and of the document."""
@@ -78,13 +87,23 @@ class Teacher:
         return torch.from_numpy(np.concatenate(drawn)).to(world.device())
 
 
+def _teacher(op, text: corpus.Corpus, context) -> Teacher:
+    model = frozen(op.teacher, "causal", context)
+    if op.keep == "likelihood":
+        return Teacher(model, text, context.seed, alignment(op.teacher, context, text))
+    insist_on_pieces(model, op.teacher, context, text)
+    return Teacher(model, text, context.seed)
+
+
 def _keep(op, teacher: Teacher) -> Keep:
     vocabulary = teacher.text.facts.vocabulary
     if op.keep == "topk":
         return KeepTopK(op.k or min(64, vocabulary), op.dtype or "float16", vocabulary, op.temperature)
     if op.keep == "sampled":
         return KeepSampled(op.draws or 50, vocabulary, op.temperature)
-    return KeepHidden.of(teacher.head([np.zeros(2, dtype=np.int64)]), op.dtype)
+    if op.keep == "likelihood":
+        return KeepLikelihood()
+    return KeepHidden.of(teacher.head([np.zeros(2, dtype=np.int64)])[0], op.dtype)
 
 
 def _producer(op, teacher: Teacher, keep: Keep, out: Path, context) -> dict[str, Any]:
@@ -115,7 +134,7 @@ class Pass:
         began = time.perf_counter()
         with console.bar(sum(map(len, mine)), label) as advance:
             for rows in mine:
-                several = self._documents(rows)
+                several = self.teacher.documents(rows)
                 here = sum(len(one) - 1 for one in several)
                 if several and writer.missing(document_keys(several)).any():
                     self._write(several, writer)
@@ -134,11 +153,6 @@ class Pass:
         size = max(1, PASSES * self.tokens // text.length)
         return [range(first, min(first + size, len(text))) for first in range(0, len(text), size)]
 
-    def _documents(self, rows: range) -> list[np.ndarray]:
-        """Those that have a next token to be predicted."""
-        ids, segments = zip(*(self.teacher.text.row(i) for i in rows), strict=True)
-        return [one for one in documents(ids, segments) if len(one) > 1]
-
     def _passes(self, several: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """Documents of one forward pass each."""
         places = passes(np.array([len(one) for one in several]), self.tokens)
@@ -151,21 +165,30 @@ class Pass:
         return {name: _by_document(values, lengths) for name, values in made.items()}
 
     def _kept(self, several: list[np.ndarray]) -> Values:
-        return self.keep.kept(self.teacher.head(several), self.teacher.starts(several, document_keys(several)))
+        return self.keep.kept(*self.teacher.head(several), self.teacher.starts(several, document_keys(several)))
 
     def foretell(self, out: Path) -> None:
         """Say how much will be written, and refuse now what the disk cannot hold; a sample's size is tried out."""
-        about = self.teacher.text.manifest["sides"]["train"]
-        documents, tokens = about["pieces"], about["tokens"] - about["pieces"]
-        tried = self._kept(next(self._passes(self._documents(self._blocks()[0]))))
-        length = {name: _mean(values) * tokens / documents for name, values in tried.items()}
-        needed = scores.forecast(self.keep.columns(), documents, length)
+        several = self.teacher.documents(self._blocks()[0])
+        if not several:
+            return
+        count, tokens = self._size(several)
+        tried = self._kept(next(self._passes(several)))
+        length = {name: _mean(values) * tokens / count for name, values in tried.items()}
+        needed = scores.forecast(self.keep.columns(), count, length)
         console.say(
             f"{out.parent.name}: {console.count(tokens)} tokens of {needed / tokens:.0f} bytes each, "
             f"{console.size(needed)} together (a forecast)"
         )
         there = sum(path.stat().st_size for path in out.iterdir()) if out.exists() else 0
         files.ensure_space(out, needed - there, "the cache")
+
+    def _size(self, several: list[np.ndarray]) -> tuple[float, float]:
+        """(documents, tokens that are scored) of all; of those told in other ids as many as the first block has."""
+        about, share = self.teacher.text.manifest["sides"]["train"], len(self.teacher.text) / len(self._blocks()[0])
+        if self.teacher.alignment:
+            return len(several) * share, sum(len(one) - 1 for one in several) * share
+        return about["pieces"], about["tokens"] - about["pieces"]
 
 
 def _by_document(values: Tensor | Ragged, lengths: list[int]) -> Ragged:

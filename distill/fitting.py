@@ -60,6 +60,17 @@ class Text:
         elif reason := self._differs(tokens.load(self.planned.context.model(theirs)), rows):
             yield f"corpora.{self.name}.tokenizer: {self.spec.tokenizer}'s, but {name} has learned other ids: {reason}"
 
+    def told(self, place: str, reference: str, facts) -> Iterator[str]:
+        """Why a model or stage cannot read its text in ids of its own; `place` is where a recipe names it."""
+        yield from self.too_long(place, facts)
+        who, theirs = _learned(reference, self.planned)
+        if theirs is None:
+            yield f"{who} brings no tokeniser to read with; put its files there"
+        if theirs == self.spec.tokenizer:
+            yield _same(place, who)
+        elif isinstance(theirs, str):
+            yield from _of_two(self, place, who, tokens.load(self.planned.context.model(theirs)), facts)
+
     def _differs(self, tokenizer, rows: int | None) -> str:
         if rows is None:
             return vocabularies.unread(self.tokenizer, tokenizer)
@@ -103,29 +114,22 @@ def _shown(text: Text, name: str, reference: str, facts, needs: list) -> Iterato
 
 def _told(text: Text, name: str, reference: str, facts, needs: list) -> Iterator[str]:
     """A teacher reads the text of the corpus in ids of its own."""
-    yield from text.too_long(f"target {name}", facts)
     if not all(need.own_ids for need in needs):
         yield f"targets.{name}: `aligned` alone reads in the teacher's own ids; another loss needs a target of its own"
-    who, theirs = _learned(reference, text.planned)
-    if theirs is None:
-        yield f"{who} brings no tokeniser to read with; put its files there"
-    if theirs == text.spec.tokenizer:
-        yield _same(name, who)
-    elif isinstance(theirs, str):
-        yield from _of_two(text, name, who, tokens.load(text.planned.context.model(theirs)), facts)
+    yield from text.told(f"targets.{name}", reference, facts)
 
 
-def _of_two(text: Text, name: str, who: str, tokenizer, facts) -> Iterator[str]:
-    for place, side in ((f"corpora.{text.name}", text.tokenizer), (f"targets.{name}", tokenizer)):
+def _of_two(text: Text, place: str, who: str, tokenizer, facts) -> Iterator[str]:
+    for where, side in ((f"corpora.{text.name}", text.tokenizer), (place, tokenizer)):
         try:
             side and Writing(side)
         except UserError as error:
-            yield f"{place}: {error}"
+            yield f"{where}: {error}"
     if text.tokenizer and vocabularies.match(text.tokenizer, tokenizer, text.vocabulary, facts.vocab):
-        yield _same(name, who)
+        yield _same(place, who)
     if facts.vocab < (ids := tokens.facts(tokenizer).vocabulary):
-        yield f"targets.{name}: the tokeniser of {who} has {ids} ids, the model knows {facts.vocab}"
+        yield f"{place}: the tokeniser of {who} has {ids} ids, the model knows {facts.vocab}"
 
 
-def _same(name: str, who: str) -> str:
-    return f"targets.{name}: {who} has the tokeniser of the corpus; `divergence` compares whole distributions, exactly"
+def _same(place: str, who: str) -> str:
+    return f"{place}: {who} has the tokeniser of the corpus; `divergence` compares whole distributions, exactly"

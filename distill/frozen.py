@@ -1,4 +1,4 @@
-"""A model that teaches: as it is, in the precision of the run, without gradients."""
+"""A model that teaches: as it is, in the precision of the run, without gradients; and in whose ids it reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from distill import classifiers, models, vocabularies, world
+from distill import classifiers, layout, loading, models, vocabularies, world
+from distill.alignment import Alignment
 from distill.corpus import Corpus, tokens
 from growth.errors import UserError
 
@@ -30,6 +31,12 @@ def insist_on_pieces(model: nn.Module, reference: str, context, text: Corpus) ->
     found = vocabularies.match(text.tokenizer, theirs, text.facts.vocabulary, model.config.vocab_size)
     if not found:
         raise UserError(f"{reference} and the corpus have different vocabularies: {found.reason}; {vocabularies.WORKS}")
+
+
+def alignment(reference: str, context, text: Corpus) -> Alignment:
+    """Of the tokeniser of a corpus with the teacher's own."""
+    path = context.model(reference)
+    return Alignment(text.tokenizer, tokens.load(path), layout.longest(loading.configuration(path)))
 
 
 def precision(engine) -> torch.dtype:

@@ -1,7 +1,8 @@
 """What a cache keeps of a teacher at every token that it predicts: columns of a store, made of logits and read back.
 
-Each class is one choice of `keep`: `columns` of the store, `kept` from the rows of a teacher's head to the values of
-those rows, `restored` from values to what a loss compares a student with.
+Each class is one choice of `keep`: `columns` of the store, `kept` from the rows of a teacher's head (the tokens that
+follow, numbers drawn from 0 to 1) to the values of those rows, `restored` from values to what a loss compares a student
+with.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from distill import topk
 from distill.heads import Logits
-from distill.objectives.sparse import Sampled, TopK
+from distill.objectives.sparse import Sampled, Spoken, TopK
 from distill.objectives.token_sum import strips
+from distill.refine.likelihood import log_probabilities
 from distill.shards import Column, Ragged
 from growth import files
 from growth.errors import UserError
@@ -40,7 +42,7 @@ class KeepTopK:
     def columns(self) -> dict[str, Column]:
         return topk.columns(self.k, self.dtype)
 
-    def kept(self, head: Logits, starts: Tensor) -> Values:
+    def kept(self, head: Logits, following: Tensor, starts: Tensor) -> Values:
         found: list[tuple[Tensor, ...]] = [self._of(x / self.temperature) for _, x in strips(head)]
         ids, log_probs, rest = map(torch.cat, zip(*found, strict=True))
         dtype = getattr(torch, self.dtype)
@@ -80,7 +82,7 @@ class KeepSampled:
             "entropy": Column("float32", ragged=True, unit="nat"),
         }
 
-    def kept(self, head: Logits, starts: Tensor) -> Values:
+    def kept(self, head: Logits, following: Tensor, starts: Tensor) -> Values:
         found = [self._of(x / self.temperature, starts[rows]) for rows, x in strips(head)]
         ids, counts, entries, entropy = map(torch.cat, zip(*found, strict=True))
         several = {"ids": ids.int(), "counts": counts.to(torch.uint8)}
@@ -144,7 +146,7 @@ class KeepHidden:
     def columns(self) -> dict[str, Column]:
         return {"hidden": Column(self.dtype, (self.width,), ragged=True)}
 
-    def kept(self, head: Logits, starts: Tensor) -> Values:
+    def kept(self, head: Logits, following: Tensor, starts: Tensor) -> Values:
         return {"hidden": head.hidden.detach().to(getattr(torch, self.dtype))}
 
     def restored(self, values: Values) -> Logits:
@@ -165,8 +167,29 @@ class KeepHidden:
         return replace(self, layer=layer)
 
 
-Keep = KeepTopK | KeepSampled | KeepHidden
-KEEPS: dict[str, type[Keep]] = {"topk": KeepTopK, "sampled": KeepSampled, "hidden": KeepHidden}
+@dataclass(frozen=True)
+class KeepLikelihood:
+    """How likely each token was that is there, in tokens of the teacher's own: four bytes."""
+
+    def columns(self) -> dict[str, Column]:
+        return {"log_probs": Column("float32", ragged=True, unit="nat")}
+
+    def kept(self, head: Logits, following: Tensor, starts: Tensor) -> Values:
+        return {"log_probs": log_probabilities(head, following).float()}
+
+    def restored(self, values: Values) -> Spoken:
+        if not bool((values["log_probs"] <= 1e-4).all()):  # NaN is not
+            raise UserError("a cached log-probability is above zero or no number")
+        return Spoken(values["log_probs"])
+
+
+Keep = KeepTopK | KeepSampled | KeepHidden | KeepLikelihood
+KEEPS: dict[str, type[Keep]] = {
+    "topk": KeepTopK,
+    "sampled": KeepSampled,
+    "hidden": KeepHidden,
+    "likelihood": KeepLikelihood,
+}
 
 
 def settings(keep: Keep) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distill import cached, layout, models, views, world
+from distill import cached, models, views, world
 from distill.alignment import Alignment
-from distill.corpus import tokens
-from distill.frozen import frozen, insist_on_pieces, precision
+from distill.frozen import alignment, frozen, insist_on_pieces, precision
 from distill.heads import Mixture
 from distill.objectives import scored
 from distill.objectives.protocol import Needs, Objective, View
@@ -121,16 +120,11 @@ def opened(name: str, stage) -> Source:
         return Average(stage.student, spec.ema, precision(stage.context.recipe.engine), vocabulary)
     members = [frozen(reference, head, stage.context, stage.classes) for reference in spec.models]
     if own:
-        return Online(members[0], alignment=_alignment(members[0], spec.models[0], stage))
+        return Online(members[0], alignment=alignment(spec.models[0], stage.context, stage.corpus))
     if vocabulary:
         for member, reference in zip(members, spec.models, strict=True):
             insist_on_pieces(member, reference, stage.context, stage.corpus)
     return Ensemble(members, spec.combine, vocabulary) if spec.ensemble else Online(members[0], vocabulary)
-
-
-def _alignment(model: nn.Module, reference: str, stage) -> Alignment:
-    theirs = tokens.load(stage.context.model(reference))
-    return Alignment(stage.corpus.tokenizer, theirs, layout.longest(model.config))
 
 
 class Targets:

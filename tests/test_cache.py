@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -20,13 +20,15 @@ from test_divergence import CASES, VOCABULARY, draw, formula, gradient, heads, l
 from distill import cached, corpus, keys, layout, preflight, recipe, scores
 from distill.cached import Cached
 from distill.context import Context
-from distill.frozen import frozen
+from distill.corpus import synthetic, vocabulary
+from distill.frozen import alignment, frozen
 from distill.heads import Logits
 from distill.kept import KEEPS, KeepHidden, KeepSampled, KeepTopK, settings
 from distill.lesson import Lesson
-from distill.objectives import Divergence, divergence, token_sum
+from distill.objectives import Aligned, Divergence, divergence, token_sum
 from distill.objectives.sparse import Sampled, TopK
 from distill.refine import Cache
+from distill.retelling import retold
 from distill.schedules import Progress, fixed
 from distill.scores import Reader
 from distill.shards import Ragged
@@ -232,7 +234,7 @@ def test_the_likeliest_tokens_of_a_head_and_what_they_leave(monkeypatch, tempera
     monkeypatch.setattr(token_sum, "STRIP", 3 * VOCABULARY)
     _, teacher = heads(teacher=(0.7, 3.0))
     keep = KeepTopK(5, dtype, VOCABULARY, temperature)
-    ours, book = keep.restored(keep.kept(teacher, starts())), kept(teacher.whole().detach(), 5, temperature)
+    ours, book = keep.restored(keep.kept(teacher, None, starts())), kept(teacher.whole().detach(), 5, temperature)
     assert torch.equal(ours.ids, book.ids) and ours.temperature == temperature
     for found, expected in ((ours.log_probs, book.log_probs), (ours.rest, book.rest)):
         near(found.double(), expected, atol=atol)
@@ -243,7 +245,7 @@ def test_what_a_teacher_rules_out_and_what_nothing_is_left_of_can_be_written():
     teacher[:, 3:] = -torch.inf
     for k in (2, 5, VOCABULARY):
         keep = KeepTopK(k, "float16", VOCABULARY, 1.0)
-        values = keep.kept(Logits(teacher), starts())
+        values = keep.kept(Logits(teacher), None, starts())
         assert all(x.isfinite().all() for x in values.values())
         student = learning(ROWS, VOCABULARY)
         loss = divergence(student, keep.restored(values), "jsd")
@@ -253,7 +255,7 @@ def test_what_a_teacher_rules_out_and_what_nothing_is_left_of_can_be_written():
 def test_a_token_is_drawn_as_often_as_it_is_likely_give_or_take_less_than_one():
     _, teacher = heads()
     keep, p = KeepSampled(20, VOCABULARY, 1.5), (teacher.whole() / 1.5).softmax(-1).detach()
-    values = keep.kept(teacher, starts())
+    values = keep.kept(teacher, None, starts())
     found = keep.restored(flat(values))
     weights = torch.zeros(ROWS, VOCABULARY).scatter_add(1, found.ids, found.weights)
     assert ((weights - p).abs() < 1 / 20).all() and (weights.sum(1) - 1).abs().max() < 1e-6
@@ -273,7 +275,7 @@ def test_draws_are_unbiased_and_steadier_than_independent_ones():
         losses = [divergence(student, target) for target in targets]
         return torch.stack(losses).detach(), torch.stack([gradient(loss, student)[0] for loss in losses])
 
-    values, slopes = several(keep.restored(flat(keep.kept(Logits(teacher), start))) for start in every)
+    values, slopes = several(keep.restored(flat(keep.kept(Logits(teacher), None, start))) for start in every)
     _, apart = several(sampled(teacher, 20, seed) for seed in range(many))
     slope = gradient(exact, student)[0]
     near(values.mean(), exact.detach(), atol=1e-4)
@@ -286,7 +288,7 @@ def test_hidden_states_and_the_last_layer_are_the_head(tmp_path):
     keep = KeepHidden.of(teacher, "float64")
     keep.save(tmp_path)
     again = KEEPS["hidden"](**json.loads(json.dumps(settings(keep)))).load(tmp_path, torch.device("cpu"))
-    near(again.restored(keep.kept(teacher, starts())).whole(), teacher.whole())
+    near(again.restored(keep.kept(teacher, None, starts())).whole(), teacher.whole())
 
 
 @pytest.mark.parametrize("name", ["topk", "sampled", "hidden"])
@@ -297,7 +299,7 @@ def test_what_cannot_have_been_kept_is_refused(name):
         "sampled": KeepSampled(9, VOCABULARY, 1.0),
         "hidden": KeepHidden.of(teacher, "float64"),
     }[name]
-    values = flat(keep.kept(teacher, starts()))
+    values = flat(keep.kept(teacher, None, starts()))
     keep.restored(values)
     wrong = {
         "topk": [
@@ -325,7 +327,7 @@ STEPS = 3
 RECIPE = {
     "recipe": "small",
     "engine": {"micro_batch": 2},
-    "models": {name: {"from": name} for name in ("teacher", "unpacked", "other", "masked")},
+    "models": {name: {"from": name} for name in ("teacher", "unpacked", "other", "masked", "speaker")},
     "corpora": {
         "text": {"source": "synthetic", "tokenizer": "teacher", "length": 48, "heldout": 0.1, "limit": 30},
         "more": {"source": "synthetic", "tokenizer": "teacher", "length": 48, "heldout": 0.1, "limit": 31},
@@ -358,6 +360,8 @@ def place(tmp_path_factory):
     tiny.save(tiny.model("qwen2", "causal", seed=1, **padded), path / "other", tiny.tokenizer())
     tiny.save(language_model("granite", logits_scaling=3.0, **padded), path / "unpacked", tiny.tokenizer())
     tiny.save(tiny.model("bert", "mlm", **padded), path / "masked")
+    words = vocabulary.train("unigram", 90, [document.text for document in islice(synthetic.documents(), 40)])
+    tiny.save(tiny.model("llama", "causal", seed=2, vocab_size=95), path / "speaker", words)
     (path / "small.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     return path
 
@@ -386,11 +390,14 @@ def rows(context, *places, packed=True):
 
 
 def step(source, student, batch, **keys):
+    return learn(source, student, batch, Divergence(target="t", **keys))
+
+
+def learn(source, student, batch, objective):
     """Loss and gradients of a training step."""
-    objectives = {"d": Divergence(target="t", **keys)}
-    active = {name: fixed(value, Progress(0, 1)) for name, value in objectives.items()}
-    taught = Targets({"t": source}, objectives)(batch, active)
-    (loss,) = Lesson(student, objectives)(batch, taught, active).values()
+    active = {"d": fixed(objective, Progress(0, 1))}
+    taught = Targets({"t": source}, active)(batch, active)
+    (loss,) = Lesson(student, active)(batch, taught, active).values()
     student.zero_grad()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
@@ -458,6 +465,21 @@ def test_labels_that_are_left_out_are_left_out_of_the_teacher(context, tmp_path)
     assert 10 < len(at) < len(all_of_them)
     found = source.take(fewer, []).head
     assert torch.equal(found.log_probs, every.log_probs[torch.isin(all_of_them, at)])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_likelihoods_from_disk_teach_as_a_teacher_of_other_ids(context, tmp_path, packed):
+    write(context, tmp_path / "scores", teacher="speaker", keep="likelihood")
+    told = alignment("speaker", context, corpus.open(context.corpus("text")))
+    source = Cached(tmp_path / "scores", torch.device("cpu"), told)
+    online = Online(frozen("speaker", "causal", context), alignment=told)
+    batch = retold(rows(context, 3, 0, 5, packed=packed), {"t": told})
+    assert batch["t.ids"].shape != batch["input_ids"].shape
+    objective = Aligned(target="t", temperature=2.0)
+    (ours, found), (theirs, expected) = (learn(side, student_of(), batch, objective) for side in (source, online))
+    near(ours / theirs, torch.ones(()), atol=1e-6)
+    for name in expected:
+        near(found[name], expected[name], atol=3e-6 * expected[name].abs().max().item())
 
 
 def stored(path):
@@ -589,6 +611,16 @@ def train(document):
         (lambda d: op(d).update(teacher="masked"), "bert predicts masked tokens"),
         (lambda d: op(d).update(teacher="nobody"), "nobody"),
         (lambda d: op(d).update(temperature=2.0), "temperature: the teacher is cached at 2"),
+        (lambda d: (op(d).pop("k"), op(d).update(keep="likelihood")), "teacher has the tokeniser of the corpus"),
+        (
+            lambda d: (op(d).pop("k"), op(d).update(keep="likelihood", teacher="speaker")),
+            "`aligned` of kind likelihood and a cache of keep: likelihood are for each other",
+        ),
+        (lambda d: op(d).update(teacher="speaker"), "speaker has learned other ids"),
+        (
+            lambda d: train(d).update(loss=[{"aligned": {"target": "t", "kind": "sorted"}}]),
+            "are for each other and nothing else",
+        ),
         (lambda d: train(d).update(data="more"), "stage kept has read text, this one trains on more"),
         (lambda d: train(d)["loss"][0].update(hidden_mse={"target": "t"}, divergence=None), "nothing from inside it"),
         (lambda d: train(d)["loss"][0]["divergence"].update(objective="mlm"), "masked ones differ from epoch to epoch"),

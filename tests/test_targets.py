@@ -361,7 +361,7 @@ def test_spans_where_whole_distributions_can_be_compared_are_refused(check):
 
 def test_a_teacher_that_cannot_read_the_text_in_its_own_ids_is_refused(check):
     said = check("short", loss=ALIGNED)
-    assert "corpora.text.length: 64 tokens, but target t has positions for 63" in said
+    assert "corpora.text.length: 64 tokens, but targets.t has positions for 63" in said
     assert "the tokeniser of teacher has 90 ids, the model knows 89" in check("small", loss=ALIGNED)
     assert "teacher brings no tokeniser to read with" in check("bare", loss=ALIGNED)
 

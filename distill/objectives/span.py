@@ -44,15 +44,18 @@ class Aligned(Value):
         return {self.kind: span_count(spans, theirs)}
 
     def terms(self, student, target, batch) -> dict:
-        """`target.logits` are those of the teacher's own rows, `{target}.ids` and `{target}.segments` of the batch."""
+        """The target has read rows of its own: `{target}.ids` and `{target}.segments` of the batch."""
         from distill.objectives.span_sum import Predicted, aligned_sum
 
-        ids = batch["labels"], batch[f"{self.target}.ids"]
-        segments = batch["segment_ids"], batch[f"{self.target}.segments"]
-        spans = batch[f"{self.target}.spans"], batch[f"{self.target}.teacher_spans"]
-        sides = [
-            Predicted.of(trace.logits, *side)
-            for trace, *side in zip((student, target), ids, segments, spans, strict=True)
-        ]
+        mine = Predicted.of(student.logits, batch["labels"], batch["segment_ids"], batch[f"{self.target}.spans"])
         shared = batch[f"{self.target}.shared"][0]  # [2, K]
-        return {self.kind: aligned_sum(*sides, self.kind, self.temperature.value, shared)}
+        return {self.kind: aligned_sum(mine, self._theirs(target, batch), self.kind, self.temperature.value, shared)}
+
+    def _theirs(self, target, batch):
+        from distill.objectives.span_sum import Heard, Predicted
+        from distill.objectives.sparse import Spoken
+
+        rows = [batch[f"{self.target}.{name}"] for name in ("ids", "segments", "teacher_spans")]
+        if isinstance(target.head, Spoken):
+            return Heard.of(target.head.log_probs, *rows)
+        return Predicted.of(target.logits, *rows)

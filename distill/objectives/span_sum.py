@@ -32,6 +32,18 @@ class Predicted(NamedTuple):
         return cls(logits, targets, spans.flatten()[rows + 1])
 
 
+class Heard(NamedTuple):
+    """The same of a model of which only the log-probabilities of these tokens were kept [N], and their spans [N]."""
+
+    log_probs: Tensor
+    spans: Tensor
+
+    @classmethod
+    def of(cls, log_probs: Tensor, labels: Tensor, segments: Tensor, spans: Tensor) -> Heard:
+        rows, _ = scored(labels, segments, causal=True)
+        return cls(log_probs, spans.flatten()[rows + 1])
+
+
 def aligned(student: Predicted, teacher: Predicted, kind: str = "likelihood", temperature: float = 1.0, shared=None):
     """Mean over the spans that both sides have; 0 without any. See `Aligned` for the kinds."""
     count = span_count(student.spans, teacher.spans).clamp(min=1)
@@ -44,7 +56,7 @@ def span_count(student: Tensor, teacher: Tensor) -> Tensor:
     return _both(student, teacher).sum(dtype=torch.float64)
 
 
-def aligned_sum(student: Predicted, teacher: Predicted, kind: str, temperature: float, shared=None) -> Tensor:
+def aligned_sum(student: Predicted, teacher: Predicted | Heard, kind: str, temperature: float, shared=None) -> Tensor:
     """The sum over spans. Float32 inside (float64 for float64); the teacher gets no gradient.
 
     `shared` [2, K], for the kind of that name: ids of the pieces that both have, the student's and the teacher's.
@@ -62,10 +74,10 @@ def aligned_sum(student: Predicted, teacher: Predicted, kind: str, temperature: 
     return shared_divergence(theirs.detach()[:, shared[1]], ours, shared[0]).sum()
 
 
-def log_likelihoods(side: Predicted, count: int) -> Tensor:
-    """log p of each span [count]: the chain rule adds up its tokens. What a cache keeps: 4 bytes a span."""
+def log_likelihoods(side: Predicted | Heard, count: int) -> Tensor:
+    """log p of each span [count]: the chain rule adds up its tokens."""
     there = side.spans != NONE
-    log_probs = token_log_probs(side.logits, side.targets)
+    log_probs = side.log_probs if isinstance(side, Heard) else token_log_probs(side.logits, side.targets)
     return log_probs.new_zeros(count).index_add(0, side.spans[there], log_probs[there])
 
 

@@ -120,6 +120,14 @@ class Sampled:
 Sparse = TopK | Sampled
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """Of each predicted token only how likely it was: enough for the likelihood of spans of text, in tokens of the
+    teacher's own."""
+
+    log_probs: Tensor  # [N]
+
+
 def _same(asked: float, kept: float) -> None:
     """What is left out cannot be divided by another temperature afterwards."""
     if asked != kept:

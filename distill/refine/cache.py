@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from distill.refine.operation import DataOp
 
 BELONGS = {"k": "topk", "draws": "sampled"}  # keys that one choice of `keep` alone has
+ANY = ("hidden", "likelihood")  # choices that serve losses of any temperature
 
 
 class Cache(DataOp):
@@ -23,8 +24,10 @@ class Cache(DataOp):
     makes: ClassVar = "scores"
 
     teacher: str = Field(description="a model or earlier stage, of the vocabulary of the corpus")
-    keep: Literal["topk", "sampled", "hidden"] = Field(
-        "topk", description="likeliest tokens and the remaining mass; unbiased draws; last hidden states, exact"
+    keep: Literal["topk", "sampled", "hidden", "likelihood"] = Field(
+        "topk",
+        description="likeliest tokens and the remaining mass; unbiased draws; last hidden states, exact; likelihood of "
+        "the text in tokens of its own, for `aligned`",
     )
     k: Annotated[int, Field(gt=0)] | None = Field(None, description="topk: how many tokens; 64 unless given")
     draws: Annotated[int, Field(gt=0, le=255)] | None = Field(None, description="sampled: how many; 50 unless given")
@@ -39,10 +42,10 @@ class Cache(DataOp):
         for key, keep in BELONGS.items():
             if getattr(self, key) is not None and self.keep != keep:
                 raise ValueError(f"{key}: only keep: {keep} has it")
-        if self.keep == "hidden" and self.temperature != 1:
-            raise ValueError("temperature: hidden states serve any, it is the loss that has one")
-        if self.keep == "sampled" and self.dtype:
-            raise ValueError("dtype: a sample is whole numbers")
+        if self.keep in ANY and self.temperature != 1:
+            raise ValueError(f"temperature: {self.keep} serves any, it is the loss that has one")
+        if self.keep in ("sampled", "likelihood") and self.dtype:
+            raise ValueError(f"dtype: {self.keep} has no choice")
         if self.keep == "topk" and self.dtype == "bfloat16":
             raise ValueError("dtype: bfloat16 keeps two digits of a log-probability, float16 three in as many bytes")
         return self
@@ -60,19 +63,24 @@ class Cache(DataOp):
             )
         if self.k and self.k > text.vocabulary:
             yield f"k: {self.k} of {text.vocabulary} tokens; {text.vocabulary} keeps all of them"
-        yield from text.beyond("the teacher", facts)
-        yield from text.foreign(self.teacher, facts.vocab)
+        if self.keep == "likelihood":
+            yield from text.told("teacher", self.teacher, facts)
+        else:
+            yield from text.beyond("the teacher", facts)
+            yield from text.foreign(self.teacher, facts.vocab)
 
     def serves(self, objective) -> Iterator[str]:
         """Every reason why this objective cannot be taught from it."""
         needs = objective.needs()
         if needs.target or not needs.target_head:
             yield f"a cache keeps what the teacher predicts, nothing from inside it; {{from: {self.teacher}}} has all"
+        elif needs.own_ids != (self.keep == "likelihood") or (needs.own_ids and objective.kind != "likelihood"):
+            yield "`aligned` of kind likelihood and a cache of keep: likelihood are for each other and nothing else"
         elif needs.head != "causal":
             yield f"objective {needs.head}: a cache keeps next tokens; masked ones differ from epoch to epoch"
         elif self.keep == "sampled" and objective.kind != "forward_kl":
             yield f"kind {objective.kind}: of a sample forward_kl alone is unbiased; topk and hidden serve every kind"
-        elif self.keep != "hidden" and not _is(objective.temperature, self.temperature):
+        elif self.keep not in ANY and not _is(objective.temperature, self.temperature):
             yield (
                 f"temperature: the teacher is cached at {self.temperature:g}, and what was left out cannot be divided "
                 "by another one; give both the same, or keep: hidden"

@@ -38,7 +38,8 @@ class Missing:
         """Whether all of a row is there."""
         absent = [name for name in documents if name not in collection.documents]
         unasked = query not in collection.queries
-        self.queries.update({query: None} if unasked else {})
+        if unasked:
+            self.queries[query] = None
         self.documents.update(dict.fromkeys(absent))
         self.rows += 1
         self.lost += unasked or bool(absent)
@@ -172,12 +173,10 @@ def _splits(directory: Path, split: str | None) -> tuple[Path, list[Path]]:
     alone, several = directory / "qrels.tsv", {path.stem: path for path in sorted(directory.glob("qrels/*.tsv"))}
     if split is None and alone.is_file():
         return alone, []
-    name = split or ("test" if "test" in several else next(iter(several), None) if len(several) == 1 else None)
+    name = split or ("test" if "test" in several or len(several) != 1 else next(iter(several)))
     if name not in several:
-        there = ", ".join(several) or "none"
-        raise UserError(
-            f"{directory}: no judgements {name or ''!r} in qrels/, only {there}{did_you_mean(name, several)}"
-        )
+        there = ", ".join(several) or "nothing"
+        raise UserError(f"{directory}: no qrels/{name}.tsv (or qrels.tsv), only {there}{did_you_mean(name, several)}")
     return several.pop(name), list(several.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ class Stored(Mapping[str, str]):
             if not (self.path / name).is_file() or (self.path / name).stat().st_size != size:
                 raise UserError(f"{self.path / name} is missing or not as long as it was; remove {self.path}")
         self.digest, self.source, self._count = manifest["digest"], manifest["source"], manifest["texts"]
-        self._arrays = {name: np.load(self.path / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        # as memory views, which give plain numbers and bytes; arrays would make an array of every one
+        self._arrays = {name: memoryview(np.load(self.path / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
         self._texts, self._ids = (_bytes(self.path / name) for name in ("texts", "ids"))
 
     def __len__(self) -> int:
@@ -103,13 +105,21 @@ class Stored(Mapping[str, str]):
         return (self._id(i) for i in range(len(self)))
 
     def __getitem__(self, name: str) -> str:
-        hashes, wanted = self._arrays["hashes"], _hash(name.encode())
-        place = int(np.searchsorted(hashes, np.uint64(wanted)))
-        while place < len(hashes) and hashes[place] == wanted:  # of two ids of one hash, the one that is meant
-            if self._id(i := int(self._arrays["order"][place])) == name:
-                return _slice(self._texts, self._arrays["ends"], i)
-            place += 1
-        raise KeyError(name)
+        if (place := self._place(name)) is None:
+            raise KeyError(name)
+        return _slice(self._texts, self._arrays["ends"], place)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._place(name) is not None
+
+    def _place(self, name: str) -> int | None:
+        hashes, order, wanted = self._arrays["hashes"], self._arrays["order"], _hash(name.encode())
+        found = bisect_left(hashes, wanted)
+        while found < len(hashes) and hashes[found] == wanted:  # of several ids of one hash, the one that is meant
+            if self._id(order[found]) == name:
+                return order[found]
+            found += 1
+        return None
 
     def _id(self, i: int) -> str:
         return _slice(self._ids, self._arrays["id_ends"], i)
@@ -146,7 +156,7 @@ def _written(directory: Path, found: Iterable[tuple[str, str, str]]) -> dict:
     return {"texts": len(ends), "digest": state.hexdigest()}
 
 
-def _refuse_twice(ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+def _refuse_twice(ids: memoryview, arrays: Mapping[str, np.ndarray]) -> None:
     order, hashes = arrays["order"], arrays["hashes"]
     for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
         one, other = (_slice(ids, arrays["id_ends"], int(order[i])) for i in (place, place + 1))
@@ -158,13 +168,13 @@ def _hash(name: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-def _bytes(path: Path) -> np.ndarray:
+def _bytes(path: Path) -> memoryview:
     """An empty file cannot be mapped."""
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    return memoryview(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"")
 
 
-def _slice(data: np.ndarray, ends: np.ndarray, i: int) -> str:
-    return data[int(ends[i - 1]) if i else 0 : int(ends[i])].tobytes().decode()
+def _slice(data: memoryview, ends: memoryview | np.ndarray, i: int) -> str:
+    return bytes(data[ends[i - 1] if i else 0 : ends[i]]).decode()
 
 
 def identity(file: Path) -> list:

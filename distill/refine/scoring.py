@@ -28,7 +28,7 @@ from growth.errors import UserError
 
 PASSES = 8  # forward passes of a block: documents of one length are found among so many
 TOKENS, TOKENS_ON_A_GPU = 4096, 1 << 16  # of a forward pass, unless told otherwise; measured; a guess
-LONGER = 4  # times as many tokens as another tokeniser makes of a row are read in one piece
+LONGER = 4  # a row in another tokeniser's tokens may be so many times as long before it is cut
 
 COLUMNS = {
     "logp": Column("float64", unit="nats, the sum over all tokens but the first of each document"),
@@ -175,19 +175,23 @@ class Scorer:
         """Bytes of each document's first token, which nothing predicts; none where a special token stands first."""
         if self.facts.prefix:
             return np.zeros(len(several), dtype=np.int64)
-        return np.array([len(self._spelt.get(int(one[0]), b"").lstrip(b" ")) for one in several], dtype=np.int64)
+        return np.array([self._sizes.get(int(one[0]), 0) for one in several], dtype=np.int64)
 
     @cached_property
-    def _spelt(self) -> dict[int, bytes]:
-        return Writing(self.tokenizer).bytes
+    def _sizes(self) -> dict[int, int]:
+        """Bytes of text that each token stands for where a text begins with it."""
+        spelt = Writing(self.tokenizer).bytes
+        blank = spelt[tokens.encode(self.tokenizer, ["a"])[0][0]][:1] == b" "  # which it puts there itself
+        return {token: len(piece) - (blank and piece[:1] == b" ") for token, piece in spelt.items()}
 
 
 def _length(config, length: int, own: bool, path: Path) -> int:
     """Tokens that the model reads in one piece."""
-    longest = layout.longest(config) or LONGER * length
-    if own and longest < length:
+    longest = layout.longest(config)
+    if own and longest and longest < length:
         raise UserError(f"{path} has positions for {longest} tokens, the rows of the corpus have {length}")
-    return length if own else min(longest, LONGER * length)
+    learned = config.to_dict().get("max_position_embeddings")  # computed positions go on, but nobody was taught them
+    return length if own else min(longest or learned or length, LONGER * length)
 
 
 def _medians(row: np.ndarray, losses: list[np.ndarray], within: list[np.ndarray], rows: int) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Literal
 
 import torch
@@ -107,10 +106,18 @@ class Mixture:
 
     def product(self, rows: slice) -> Tensor:
         """Log-probabilities of some rows [n, V], in float32 or float64."""
-        sides = (_log_probs(member.trimmed(self.vocabulary), rows) for member in self.members)
+        first, *others = self.members
+        total, add = self._log_probs(first, rows), torch.logaddexp if self.combine == "mean_prob" else torch.add
+        for member in others:
+            add(total, self._log_probs(member, rows), out=total)
         if self.combine == "mean_prob":
-            return reduce(torch.logaddexp, sides) - math.log(len(self.members))
-        return torch.log_softmax(reduce(torch.add, sides) / len(self.members), -1)
+            return total.sub_(math.log(len(self.members)))
+        return torch.log_softmax(total.div_(len(self.members)), -1)
+
+    def _log_probs(self, member: Logits, rows: slice) -> Tensor:
+        member = member.trimmed(self.vocabulary)
+        logits = member.finish(member.product(rows))
+        return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def finish(self, product: Tensor) -> Tensor:
         """They are logits as they are."""
@@ -118,11 +125,6 @@ class Mixture:
 
     def whole(self) -> Tensor:
         return self.product(slice(None))
-
-
-def _log_probs(head: Logits, rows: slice) -> Tensor:
-    logits = head.finish(head.product(rows))
-    return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:

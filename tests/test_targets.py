@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -29,7 +30,8 @@ from test_divergence import (
 from distill import preflight, recipe
 from distill.alignment import Alignment
 from distill.context import Context
-from distill.corpus import vocabulary
+from distill.corpus import tokens, vocabulary
+from distill.frozen import insist_on_pieces
 from distill.heads import Logits, Mixture
 from distill.lesson import Data, Lesson
 from distill.models import freeze
@@ -124,6 +126,16 @@ def test_members_of_half_precision_are_combined_in_float32():
     wide = [Logits(*(x.double() for x in (m.hidden, m.weight, m.bias)), m.scale, m.softcap) for m in members]
     assert found.dtype == torch.float32
     assert_same(found.double(), Mixture(tuple(wide)).whole(), atol=1e-5)
+
+
+@every_mean
+def test_no_more_rows_than_a_chunk_are_made_at_once(combine, monkeypatch):
+    """Not even where logits are there on both sides."""
+    made_at_once, product = [], Mixture.product
+    monkeypatch.setattr(token_sum, "CHUNK", 4)
+    monkeypatch.setattr(Mixture, "product", lambda self, rows: made_at_once.append(rows) or product(self, rows))
+    divergence(learning(ROWS, VOCABULARY), Mixture((Logits(draw(ROWS, VOCABULARY)), *teachers()), combine))
+    assert [rows.stop - rows.start for rows in made_at_once] == [4, 4, 3]
 
 
 # Sources
@@ -341,6 +353,20 @@ def test_an_ensemble_is_checked_member_by_member_and_cannot_be_tapped(check):
         said = check("student", targets=both, loss=[loss])
         assert "targets.t.ensemble: several teachers have only a distribution" in said
         assert f"together, and {next(iter(loss))} needs more" in said
+
+
+def test_tokenisers_that_were_learned_on_the_way_are_compared_when_a_stage_begins(kept):
+    learned = vocabulary.train("bpe", 300, TEXTS[::-1][:2])
+    text = SimpleNamespace(tokenizer=learned, facts=tokens.facts(learned))
+    context = SimpleNamespace(model=lambda name: kept / name)
+    teacher = SimpleNamespace(config=SimpleNamespace(vocab_size=300))
+    with pytest.raises(UserError, match=r"student and the corpus have different vocabularies: .* `aligned` divergence"):
+        insist_on_pieces(teacher, "student", context, text)
+    own = tokens.load(kept / "student")
+    insist_on_pieces(teacher, "student", context, SimpleNamespace(tokenizer=own, facts=tokens.facts(own)))
+    teacher.config.vocab_size = 299
+    with pytest.raises(UserError, match="the teacher's head has 299 rows, its tokeniser 300 ids"):
+        insist_on_pieces(teacher, "student", context, SimpleNamespace(tokenizer=own, facts=tokens.facts(own)))
 
 
 ALIGNED = [{"aligned": {"target": "t"}}]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
+import tiny
 import torch
+import yaml
 from average_cases import BATCH, Rows, parts
 from launch import launch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from distill.kinds import TargetSpec
 from distill.lesson import Data, freeze_unreachable
@@ -65,3 +72,61 @@ def test_a_decay_is_a_share_and_may_be_a_schedule():
     for decay in (-0.1, 1.0, 1.1, "0.9"):
         with pytest.raises(ValidationError):
             TargetSpec(ema=decay)
+
+
+# A whole run
+
+RECIPE = {
+    "recipe": "averaged",
+    "models": {"model": {"from": "model"}},
+    "corpora": {"text": {"source": "synthetic", "tokenizer": "model", "length": 32, "heldout": 0.1, "limit": 200}},
+    "stages": [
+        {
+            "id": "student",
+            "train": {
+                "student": {"from": "model"},
+                "data": "text",
+                "targets": {"t": {"ema": {"unit": "fraction", "points": [[0, 0.5], [1, 0.9]]}}},
+                "loss": [{"ce": {}}, {"hidden_mse": {"target": "t", "position": "mean"}}],
+                "optim": {"batch": 4},
+                "lr": 0.003,
+                "stop": {"steps": 6},
+                "save_every": 2,
+            },
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("averaged")
+    tiny.save(tiny.model("bert", head="mlm"), path / "model", tiny.tokenizer())
+    (path / "r.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+def run(place, out: str, *more: str, fault: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "r.yaml", "--out", out, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
+
+
+def test_a_killed_run_with_an_average_ends_as_the_one_left_in_peace(place):
+    assert run(place, "hard", fault="train.step:kill:4").returncode == -9
+    (kept,) = (place / "hard/student/snapshots").glob("*/average-t.safetensors")
+    assert load_file(kept)
+    for out in ("hard", "whole"):
+        ended = run(place, out)
+        assert ended.returncode == 0, ended.stderr
+    hard, whole = (load_file(place / out / "student/model/model.safetensors") for out in ("hard", "whole"))
+    assert all(hard[name].equal(whole[name]) for name in whole)
+    terms = [[json.loads(x)["terms"] for x in (place / out / "student/log.jsonl").open()] for out in ("hard", "whole")]
+    assert terms[0] == terms[1] and terms[0][0]["hidden_mse.mean"] == 0 < terms[0][-1]["hidden_mse.mean"]
+
+
+def test_zero_3_has_no_average_and_it_is_said_before_anything_runs(place):
+    refused = run(place, "three", "engine.zero=3")
+    assert refused.returncode == 2 and not (place / "three/student").exists()
+    said = "stages.student.train: targets.t.ema: on ZeRO 3 no rank has all of the student to average"
+    assert said in refused.stderr and "Traceback" not in refused.stderr

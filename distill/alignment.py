@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from distill.shards import Column
 from distill.spans import Writing, shared, spans
 
 NONE = -1  # no span
-COLUMNS = {"log_likelihoods": Column("float32", ragged=True, unit="nat")}  # of a store: a row's spans, in their order
 
 
 @dataclass(frozen=True)

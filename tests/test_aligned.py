@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from distill.alignment import Alignment
 from distill.corpus import tokens, vocabulary
+from distill.heads import Logits
 from distill.objectives.span import Aligned
 from distill.objectives.span_sum import (
     Predicted,
@@ -303,7 +304,7 @@ def draw(*shape, seed=0):
 
 def predicted(vocab, spans, seed):
     targets = torch.randint(vocab, (len(spans),), generator=torch.Generator().manual_seed(seed))
-    return Predicted(draw(len(spans), vocab, seed=seed).mul_(2).requires_grad_(), targets, torch.tensor(spans))
+    return Predicted(Logits(draw(len(spans), vocab, seed=seed).mul_(2).requires_grad_()), targets, torch.tensor(spans))
 
 
 def brute(student, teacher, kind, temperature, shared=None):
@@ -317,12 +318,12 @@ def brute_span(student, teacher, n, kind, temperature, shared):
     for side in (student, teacher):
         places = [i for i, m in enumerate(side.spans.tolist()) if m == n]
         if kind == "likelihood":
-            whole = torch.stack([side.logits[i].softmax(0)[side.targets[i]] for i in places]).prod() ** (
+            whole = torch.stack([side.head.hidden[i].softmax(0)[side.targets[i]] for i in places]).prod() ** (
                 1 / temperature
             )
             sides.append(torch.stack([whole, 1 - whole]))
         else:
-            sides.append((side.logits[places[0]] / temperature).softmax(0))
+            sides.append((side.head.hidden[places[0]] / temperature).softmax(0))
     q, p = sides
     p = p.detach()
     if kind == "sorted":
@@ -343,9 +344,9 @@ def test_loss_and_gradient_are_those_of_one_span_at_a_time(kind, temperature):
     teacher = predicted(7, [0, 1, 1, -1, 2, 4, 3, 3], seed=2)  # spans 4 and 5 are on one side alone
     ours, theirs = (f(student, teacher, kind, temperature, SHARED) for f in (aligned, brute))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    one, other = (torch.autograd.grad(loss, student.logits)[0] for loss in (ours, theirs))
+    one, other = (torch.autograd.grad(loss, student.head.hidden)[0] for loss in (ours, theirs))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    assert one.abs().sum() > 0 and not torch.autograd.grad(ours, teacher.logits, allow_unused=True)[0] is not None
+    assert one.abs().sum() > 0 and not torch.autograd.grad(ours, teacher.head.hidden, allow_unused=True)[0] is not None
 
 
 @pytest.mark.parametrize(("kind", "temperature"), FORMS)
@@ -353,9 +354,10 @@ def test_with_equal_tokenisers_spans_are_tokens_and_the_loss_is_the_tokens_own(k
     student, teacher = predicted(6, list(range(9)), seed=3), predicted(6, list(range(9)), seed=4)
     teacher = teacher._replace(targets=student.targets)
     every = torch.arange(6).expand(2, -1)
-    p, q = ((side.logits / temperature).softmax(-1) for side in (teacher, student))
+    p, q = ((side.head.hidden / temperature).softmax(-1) for side in (teacher, student))
     gold = [
-        (side.logits.softmax(-1).gather(1, side.targets[:, None])) ** (1 / temperature) for side in (teacher, student)
+        side.head.hidden.softmax(-1).gather(1, side.targets[:, None]) ** (1 / temperature)
+        for side in (teacher, student)
     ]
     coins = [torch.cat([side, 1 - side], 1) for side in gold]
     expected = {
@@ -367,7 +369,33 @@ def test_with_equal_tokenisers_spans_are_tokens_and_the_loss_is_the_tokens_own(k
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     equal = aligned(student, student, kind, temperature, every)
     assert abs(equal.item()) < 1e-12
-    assert torch.autograd.grad(equal, student.logits)[0].abs().max() < 1e-12 or kind == "sorted"
+    assert torch.autograd.grad(equal, student.head.hidden)[0].abs().max() < 1e-12 or kind == "sorted"
+
+
+@pytest.mark.parametrize(("kind", "temperature"), FORMS)
+def test_heads_give_what_their_logits_give(kind, temperature):
+    """Scales, caps, biases: loss and gradient; the logits of `likelihood` never all exist."""
+    spans, n = torch.tensor([0, 0, 1, 2, 2, -1, 3]), 7
+    parts = [draw(n, 3, seed=1), draw(8, 3, seed=2), draw(8, seed=3)]
+    hidden, weight, bias = (part.requires_grad_() for part in parts)
+    logits = 2.0 * torch.tanh(0.7 * (hidden @ weight.T + bias) / 2.0)
+    teacher, targets = predicted(7, [0, 1, 1, 2, 3, 3], seed=4), torch.randint(8, (n,))
+    found = [
+        aligned(Predicted(head, targets, spans), teacher, kind, temperature, SHARED)
+        for head in (Logits(hidden, weight, bias, 0.7, 2.0), Logits(logits))
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, parts, retain_graph=True) for loss in found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        assert ours.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "shared", "sorted"])
+def test_without_any_row_the_loss_is_zero_and_backward_reaches_the_head(kind):
+    weight = draw(5, 3).requires_grad_()
+    student = Predicted(Logits(draw(0, 3), weight), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    loss = aligned(student, predicted(7, [0, 1], seed=2), kind, 1.0, SHARED)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, weight)[0].any()
 
 
 @given(st.floats(-60, 0), st.floats(-60, 0), st.sampled_from([torch.float32, torch.float64]))
@@ -380,11 +408,11 @@ def test_the_divergence_of_likelihoods_is_finite_and_never_negative(p, q, dtype)
 
 def test_what_a_teacher_rules_out_is_no_nan():
     student, teacher = predicted(5, [0, 1], seed=1), predicted(7, [0, 1], seed=2)
-    logits = teacher.logits.detach().clone()
+    logits = teacher.head.hidden.detach().clone()
     logits[0, teacher.targets[0]], logits[:, SHARED[1, 1]] = -torch.inf, -torch.inf
     for kind in ("likelihood", "shared", "sorted"):
-        loss = aligned(student, teacher._replace(logits=logits), kind, 1.0, SHARED)
-        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, student.logits)[0]).all()
+        loss = aligned(student, teacher._replace(head=Logits(logits)), kind, 1.0, SHARED)
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, student.head.hidden)[0]).all()
 
 
 def test_without_a_common_span_the_loss_is_zero_and_backward_runs():
@@ -392,7 +420,7 @@ def test_without_a_common_span_the_loss_is_zero_and_backward_runs():
     for kind in ("likelihood", "shared", "sorted"):
         loss = aligned(student, teacher, kind, 1.0, SHARED)
         loss.backward()
-        assert loss.item() == 0 and not student.logits.grad.any()
+        assert loss.item() == 0 and not student.head.hidden.grad.any()
 
 
 def test_a_teacher_of_fewer_tokens_bounds_the_divergence_from_below():
@@ -460,16 +488,16 @@ def test_the_chain_rule_holds_over_a_text_and_a_cache_gives_the_same_loss(pair):
             traced(model, *(rows[name] for name in names))
             for model, names in zip(pair, (("input_ids", "segment_ids"), ("t.ids", "t.segments")), strict=True)
         )
-    student = Predicted.of(seen.logits, rows["labels"], rows["segment_ids"], rows["t.spans"])
-    teacher = Predicted.of(target.logits, rows["t.ids"], rows["t.segments"], rows["t.teacher_spans"])
+    student = Predicted.of(seen.head, rows["labels"], rows["segment_ids"], rows["t.spans"])
+    teacher = Predicted.of(target.head, rows["t.ids"], rows["t.segments"], rows["t.teacher_spans"])
     count = int(told.counts.sum())
     cached = log_likelihoods(teacher, count)
     inside = teacher.spans >= 0
-    picked = teacher.logits.log_softmax(-1).gather(1, teacher.targets[:, None]).squeeze(1)
+    picked = target.logits.log_softmax(-1).gather(1, teacher.targets[:, None]).squeeze(1)
     torch.testing.assert_close(cached.sum(), picked[inside].sum())
     online = aligned(student, teacher, "likelihood", 1.0)
     torch.testing.assert_close(likelihood_divergence(cached, log_likelihoods(student, count)).mean(), online)
-    narrow = student._replace(logits=student.logits.bfloat16())
+    narrow = student._replace(head=Logits(seen.logits.bfloat16()))
     torch.testing.assert_close(aligned(narrow, teacher), online, rtol=0.1, atol=0.02)
 
 

@@ -47,7 +47,7 @@ class Aligned(Value):
         """The target has read rows of its own: `{target}.ids` and `{target}.segments` of the batch."""
         from distill.objectives.span_sum import Predicted, aligned_sum
 
-        mine = Predicted.of(student.logits, batch["labels"], batch["segment_ids"], batch[f"{self.target}.spans"])
+        mine = Predicted.of(student.head, batch["labels"], batch["segment_ids"], batch[f"{self.target}.spans"])
         shared = batch[f"{self.target}.shared"][0]  # [2, K]
         return {self.kind: aligned_sum(mine, self._theirs(target, batch), self.kind, self.temperature.value, shared)}
 
@@ -58,4 +58,4 @@ class Aligned(Value):
         rows = [batch[f"{self.target}.{name}"] for name in ("ids", "segments", "teacher_spans")]
         if isinstance(target.head, Spoken):
             return Heard.of(target.head.log_probs, *rows)
-        return Predicted.of(target.logits, *rows)
+        return Predicted.of(target.head, *rows)

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.objectives.token_sum import scored
+from distill.heads import Logits
+from distill.objectives.token_sum import against_labels, scored, token_sum
+from distill.refine.likelihood import log_probabilities
 
 NONE = -1
 IMPOSSIBLE = -1e4  # a logarithm whose exponential is zero, and which zero times does not become NaN
@@ -19,17 +21,22 @@ LEAST = 1e-6  # of a probability's distance from one: its logarithm stays finite
 
 
 class Predicted(NamedTuple):
-    """Predicted tokens of one model, in any order: logits [N, V], the tokens themselves [N], their spans [N]."""
+    """Predicted tokens of one model, in any order: its logits [N, V], the tokens themselves [N], their spans [N]."""
 
-    logits: Tensor
+    head: Logits
     targets: Tensor
     spans: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, segments: Tensor, spans: Tensor) -> Predicted:
+    def of(cls, head: Logits, labels: Tensor, segments: Tensor, spans: Tensor) -> Predicted:
         """Of rows [B, T] whose logits [N, V] are those of the positions that `scored` names: each predicts the next."""
         rows, targets = scored(labels, segments, causal=True)
-        return cls(logits, targets, spans.flatten()[rows + 1])
+        return cls(head, targets, spans.flatten()[rows + 1])
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Of the tokens [N], without a gradient; the logits never all exist."""
+        return log_probabilities(self.head, self.targets)
 
 
 class Heard(NamedTuple):
@@ -62,29 +69,35 @@ def aligned_sum(student: Predicted, teacher: Predicted | Heard, kind: str, tempe
     `shared` [2, K], for the kind of that name: ids of the pieces that both have, the student's and the teacher's.
     """
     both = _both(student.spans, teacher.spans)
-    if not both.any():
-        return student.logits.sum() * 0
     if kind == "likelihood":
-        with torch.no_grad():
-            theirs = log_likelihoods(teacher, len(both))
-        return likelihood_divergence(theirs[both], log_likelihoods(student, len(both))[both], temperature).sum()
+        return _likelihood_sum(student, teacher, both, temperature)
     ours, theirs = (_log_probs(_next(side, both), temperature) for side in (student, teacher))
     if kind == "sorted":
         return sorted_distance(theirs.detach(), ours).sum()
     return shared_divergence(theirs.detach()[:, shared[1]], ours, shared[0]).sum()
 
 
+def _likelihood_sum(student: Predicted, teacher: Predicted | Heard, both: Tensor, temperature: float) -> Tensor:
+    """A chunk of rows at a time: by the chain rule, the gradient is that of a weighted cross-entropy."""
+    theirs = _by_span(teacher.log_probs, teacher.spans, len(both))[both]
+    with torch.enable_grad():
+        each = student.log_probs.requires_grad_()
+        ours = _by_span(each, student.spans, len(both))[both]
+        value = likelihood_divergence(theirs, ours, temperature).sum()
+        (slope,) = torch.autograd.grad(value, each)
+    learned = token_sum(student.head, None, against_labels(student.targets), -slope)
+    return value.detach() + (learned - learned.detach())
+
+
 def log_likelihoods(side: Predicted | Heard, count: int) -> Tensor:
-    """log p of each span [count]: the chain rule adds up its tokens."""
-    there = side.spans != NONE
-    log_probs = side.log_probs if isinstance(side, Heard) else token_log_probs(side.logits, side.targets)
-    return log_probs.new_zeros(count).index_add(0, side.spans[there], log_probs[there])
+    """log p of each span [count]."""
+    return _by_span(side.log_probs, side.spans, count)
 
 
-def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target [N], from logits [N, V]."""
-    wide = _wide(logits)
-    return wide.gather(1, targets[:, None]).squeeze(1) - wide.logsumexp(-1)
+def _by_span(log_probs: Tensor, spans: Tensor, count: int) -> Tensor:
+    """The chain rule adds up the tokens of each span [count]."""
+    there = spans != NONE
+    return log_probs.new_zeros(count).index_add(0, spans[there], log_probs[there])
 
 
 def likelihood_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
@@ -132,7 +145,7 @@ def _next(side: Predicted, both: Tensor) -> Tensor:
     there = (side.spans != NONE).nonzero().squeeze(1)
     last = len(side.spans)
     first = there.new_full((len(both),), last).scatter_reduce(0, side.spans[there], there, "amin")
-    return side.logits[first[both]]
+    return side.head.at(first[both]).whole()
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:

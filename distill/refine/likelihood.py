@@ -30,7 +30,7 @@ def likelier(logits: Logits, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over_rows(logits: Logits, targets: Tensor, count: bool = False) -> tuple[Tensor, Tensor]:
     rows, width = TILE if logits.hidden.device.type == "cpu" else TILE_ON_A_GPU
-    cuts = [slice(first, first + rows) for first in range(0, logits.rows, rows)]
+    cuts = [slice(first, first + rows) for first in range(0, max(logits.rows, 1), rows)]
     with torch.no_grad(), torch.autocast(logits.hidden.device.type, enabled=False):
         found = [_of_rows(replace(logits, hidden=logits.hidden[cut]), targets[cut], width, count) for cut in cuts]
     return tuple(torch.cat(column) for column in zip(*found, strict=True))

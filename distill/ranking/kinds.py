@@ -30,6 +30,10 @@ class _Lengths(Value):
     query_length: Count = 30
     passage_length: Count = 200
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.query_length, self.passage_length
+
 
 class CrossKind(_Lengths):
     """BERT_CAT: a linear score of query and passage read as one text."""

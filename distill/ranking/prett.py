@@ -41,16 +41,15 @@ class PreTT(Ranker):
         self.linear = WideLinear(self.width, 1, bias=False, dtype=encoder.dtype)
 
     def score(self, queries: Texts, passages: Texts, pairs: Tensor) -> Tensor:
-        if queries.ids.shape[1] > self.kind.query_length:
-            raise UserError(f"a query of {queries.ids.shape[1]} tokens; query_length is {self.kind.query_length}")
         sides = self.apart(queries, 0), self.apart(passages, self.kind.query_length)
-        hidden, places = (torch.cat([s.flatten(0, 1) for s in both]) for both in zip(*sides, strict=True))
+        hidden = torch.cat([states.flatten(0, 1) for states, _ in sides])  # [all tokens, D]
+        places = torch.cat([places.flatten() for _, places in sides])
         tables = _numbered(queries, 0), _numbered(passages, queries.ids.numel())
         texts = joined(*tables, pairs, CLS_LEFT_OUT)  # ids are rows of hidden
         return in_order(texts.lengths, lambda rows: self.together(texts.at(rows), hidden, places))
 
     def apart(self, texts: Texts, start: int) -> tuple[Tensor, Tensor]:
-        """Hidden states after the first layers [N, T, D], and the positions [N, T, 1] that were told to the encoder."""
+        """Hidden states after the first layers [N, T, D], and the positions [N, T] that were told to the encoder."""
 
         def some(rows: Tensor) -> Tensor:
             given = self._inputs(texts.at(rows))
@@ -60,12 +59,12 @@ class PreTT(Ranker):
             return padded(kept[-1], texts.ids.shape[1])
 
         places = self._inputs(Texts(torch.zeros_like(texts.ids), texts.lengths))["position_ids"] + start
-        return in_order(texts.lengths, some), places[:, :, None]
+        return in_order(texts.lengths, some), places
 
     def together(self, texts: Texts, hidden: Tensor, places: Tensor) -> Tensor:
         """Scores of texts whose ids are rows of `hidden`, by the layers that are left."""
         given = self._inputs(Texts(torch.zeros_like(texts.ids), texts.lengths))
-        given["position_ids"] = places[texts.ids][:, :, 0]
+        given["position_ids"] = places[texts.ids]
         with _only(self._blocks()[self.kind.apart :], self._blocks(), hidden[texts.ids]):
             return self.linear(self.encoder(**given).last_hidden_state[:, 0])[:, 0]
 
@@ -81,10 +80,10 @@ class PreTT(Ranker):
 def _only(run: list[nn.Module], blocks: list[nn.Module], hidden: Tensor | None = None) -> Iterator[list[Tensor]]:
     """Inside, other blocks hand on what they are given; `hidden` is what the first that runs sees instead.
 
-    The list handed out keeps what came out of those that ran.
+    The list handed out keeps what came out of the last.
     """
     kept: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda *call: kept.append(call[-1])) for block in run]
+    hooks = [run[-1].register_forward_hook(lambda *call: kept.append(call[-1]))]
     if hidden is not None:
         hooks.append(run[0].register_forward_pre_hook(lambda block, given: (hidden, *given[1:])))
     skipped = [block for block in blocks if block not in run]

@@ -33,7 +33,11 @@ class Ranker(nn.Module, ABC):
         """
         if pairs.dim() != 2 or pairs.shape[1] != 2:
             raise UserError(f"pairs are rows of queries and of passages [P, 2], not {list(pairs.shape)}")
-        return self.score(texts(queries), texts(passages), pairs)
+        sides = texts(queries), texts(passages)
+        for name, side, most in zip(("query", "passage"), sides, self.kind.lengths, strict=True):
+            if side.ids.shape[1] > most:
+                raise UserError(f"a {name} of {side.ids.shape[1]} tokens; {name}_length is {most}")
+        return self.score(*sides, pairs)
 
     @abstractmethod
     def score(self, queries: Texts, passages: Texts, pairs: Tensor) -> Tensor: ...

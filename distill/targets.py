@@ -66,8 +66,10 @@ class Average(Source):
     def __init__(self, student: nn.Module, decay: Schedule, dtype: torch.dtype, vocabulary: int | None = None):
         model = models.freeze(copy.deepcopy(student)).to(world.device())
         self.decay, self.vocabulary, self.trained = decay, vocabulary, []
-        self.averages = {name: p.detach() for name, p in model.named_parameters()}  # `to` makes others of another dtype
-        self.models = (model.to(dtype),)
+        self.averages = {name: p.detach() for name, p in model.named_parameters()}
+        for p in model.parameters():  # alone: frequencies of rotary positions stay in float32, as in the student
+            p.data = p.data.to(dtype)
+        self.models = (model,)
 
     def take(self, batch: dict, needs: list[Needs]) -> Trace:
         self.calls += 1

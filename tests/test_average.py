@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,9 +17,12 @@ from average_cases import BATCH, Rows, parts
 from launch import launch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from distill.kinds import TargetSpec
 from distill.lesson import Data, freeze_unreachable
+from distill.schedules import Progress, Schedule
+from distill.targets import Average
 
 CELLS = [(0, 1), (1, 2), (2, 1), (3, 2)]  # ZeRO stage, ranks
 every_cell = pytest.mark.parametrize(
@@ -64,6 +68,19 @@ def test_a_stopped_run_with_an_average_goes_on_bit_for_bit(stage, ranks, precisi
 @every_cell
 def test_without_memory_the_average_is_the_student_and_teaches_nothing(stage, ranks, precision):
     assert results(stage, ranks)[precision]["itself"] == pytest.approx([0.0] * 6, abs=1e-6)
+
+
+def test_in_low_precision_the_average_keeps_all_digits_and_frequencies_of_positions_too():
+    student = tiny.model("llama", "causal")
+    average = Average(student, Schedule.constant(0.9), torch.bfloat16)
+    engine = SimpleNamespace(names=["student.model.norm.weight"])
+    engine.masters = lambda: [(engine.names[0], student.model.norm.weight + 0.001)]
+    average.moved(engine, Progress(0))
+    (found,) = average.state().values()
+    assert_close(found, student.model.norm.weight + 0.0001, rtol=0, atol=1e-7)
+    (model,) = average.models
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(one.equal(other) for one, other in zip(model.buffers(), student.buffers(), strict=True))
 
 
 def test_a_decay_is_a_share_and_may_be_a_schedule():

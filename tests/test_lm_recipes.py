@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from distill import recipe
+from growth.errors import UsageError
+
 STAGES = {  # the stages that train, and what makes them small
     "logit_kd": ("teacher", "student", "twin"),
     "salt": ("teacher", "student", "twin"),
@@ -129,6 +132,13 @@ def test_in_self_distillation_the_student_is_what_its_teacher_was_and_reads_two_
     assert all(entry["teacher_forwards"] == {"t": 1} for entry in log(run, "student"))  # the plain view alone
     body = metrics(run, "student")["flops"] - metrics(run, "teacher")["flops"]
     assert body == 3 * metrics(run, "student")["teacher_flops"]  # a pass forward and backward is three forward
+
+
+def test_a_stream_goes_on_only_in_the_order_of_its_seed():
+    further = "twin.train.data={from: prose, after: student}"
+    assert recipe.load("logit_kd", [further, "student.train.seed=5", "twin.train.seed=5"])
+    with pytest.raises(UsageError, match="stage 'student' has another `seed`, so another order"):
+        recipe.load("logit_kd", [further, "twin.train.seed=5"])
 
 
 @pytest.mark.parametrize("name", STAGES)

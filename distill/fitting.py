@@ -66,9 +66,9 @@ class Text:
         who, theirs = _learned(reference, self.planned)
         if theirs is None:
             yield f"{who} brings no tokeniser to read with; put its files there"
-        if theirs == self.spec.tokenizer:
-            yield _same(place, who)
-        elif isinstance(theirs, str):
+        if isinstance(theirs, str) and theirs == self.spec.tokenizer:
+            yield f"{place}: {vocabularies.same(who)}"
+        elif isinstance(theirs, str):  # what is yet to be learned is compared when the stage begins
             yield from _of_two(self, place, who, tokens.load(self.planned.context.model(theirs)), facts)
 
     def _differs(self, tokenizer, rows: int | None) -> str:
@@ -126,10 +126,6 @@ def _of_two(text: Text, place: str, who: str, tokenizer, facts) -> Iterator[str]
         except UserError as error:
             yield f"{where}: {error}"
     if text.tokenizer and vocabularies.match(text.tokenizer, tokenizer, text.vocabulary, facts.vocab):
-        yield _same(place, who)
+        yield f"{place}: {vocabularies.same(who)}"
     if facts.vocab < (ids := tokens.facts(tokenizer).vocabulary):
         yield f"{place}: the tokeniser of {who} has {ids} ids, the model knows {facts.vocab}"
-
-
-def _same(place: str, who: str) -> str:
-    return f"{place}: {who} has the tokeniser of the corpus; `divergence` compares whole distributions, exactly"

@@ -36,7 +36,10 @@ def insist_on_pieces(model: nn.Module, reference: str, context, text: Corpus) ->
 def alignment(reference: str, context, text: Corpus) -> Alignment:
     """Of the tokeniser of a corpus with the teacher's own."""
     path = context.model(reference)
-    return Alignment(text.tokenizer, tokens.load(path), layout.longest(loading.configuration(path)))
+    theirs = tokens.load(path)
+    if tokens.digest(theirs) == tokens.digest(text.tokenizer):
+        raise UserError(vocabularies.same(reference))
+    return Alignment(text.tokenizer, theirs, layout.longest(loading.configuration(path)))
 
 
 def precision(engine) -> torch.dtype:

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from distill import classifiers, heads, layout, loading
 from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
-from distill.heads import Logits
+from distill.heads import Logits, Mixture
 from growth.errors import UserError, did_you_mean
 
 ROLES = (*IN_ATTENTION, "hidden")
@@ -32,7 +32,7 @@ class Trace:
     taps: dict[Tap, Tensor]
     scaling: dict[int, float]
     causal: bool  # every token sees only those before it
-    head: Logits | None = None
+    head: Logits | Mixture | None = None  # or what a cache has of it
 
     @cached_property
     def logits(self) -> Tensor | None:

@@ -71,6 +71,11 @@ def match(student: Any, teacher: Any, student_rows: int, teacher_rows: int) -> M
     return Match(reason=reason) if reason else Match(rows, max(student_rows, teacher_rows) > rows)
 
 
+def same(teacher: str) -> str:
+    """Why not to compare spans with this teacher."""
+    return f"{teacher} has the tokeniser of the corpus; `divergence` compares whole distributions, exactly"
+
+
 def unread(writer: Any, reader: Any) -> str:
     """Why the ids that one tokeniser writes are not those that a model has learned with another; "" if they are.
 

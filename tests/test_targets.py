@@ -31,7 +31,7 @@ from distill import preflight, recipe
 from distill.alignment import Alignment
 from distill.context import Context
 from distill.corpus import tokens, vocabulary
-from distill.frozen import insist_on_pieces
+from distill.frozen import alignment, insist_on_pieces
 from distill.heads import Logits, Mixture
 from distill.lesson import Data, Lesson
 from distill.models import freeze
@@ -367,6 +367,14 @@ def test_tokenisers_that_were_learned_on_the_way_are_compared_when_a_stage_begin
     teacher.config.vocab_size = 299
     with pytest.raises(UserError, match="the teacher's head has 299 rows, its tokeniser 300 ids"):
         insist_on_pieces(teacher, "student", context, SimpleNamespace(tokenizer=own, facts=tokens.facts(own)))
+
+
+def test_a_teacher_that_has_learned_the_same_tokeniser_needs_no_spans(kept):
+    text = SimpleNamespace(tokenizer=tokens.load(kept / "student"))
+    context = SimpleNamespace(model=lambda name: kept / name)
+    assert alignment("other", context, text).longest is None
+    with pytest.raises(UserError, match="padded has the tokeniser of the corpus; `divergence`"):
+        alignment("padded", context, text)
 
 
 ALIGNED = [{"aligned": {"target": "t"}}]

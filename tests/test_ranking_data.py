@@ -333,6 +333,12 @@ def test_groups_are_what_was_gathered_and_cut_group_by_group(listed, count, seed
     assert [named[place] for place in places] == expected
 
 
+def test_every_negative_is_drawn_as_often():
+    found = groups.gather([Group("q", "p", tuple("abcd")), Group("r", "p", ("a",))])
+    drawn = Counter(name for seed in range(300) for name in found.drawn(2, seed)[0].negatives)
+    assert set(drawn) == set("abcd") and all(120 < count < 180 for count in drawn.values())
+
+
 def test_saved_groups_are_verified_when_they_are_loaded(tmp_path):
     found = groups.gather([Group("a\n", "b", ("c", "d")), Group("e", "c", ("b",))])
     groups.save(tmp_path / "g", found, {"x": 1})
@@ -497,6 +503,9 @@ def test_a_pickle_of_scores_is_read_as_it_was_written(tmp_path_factory, nested, 
     assert found == [(str(q), str(d), s) for q, inner in nested.items() for d, s in inner.items()]
 
 
+SHARED = {"d": 1.0}  # the second time it stands in a pickle as a reference
+
+
 class Runs:
     def __init__(self, path):
         self.path = path
@@ -522,6 +531,7 @@ def test_a_pickle_is_never_executed(tmp_path):
         {"q": {"d": float("nan")}},
         {"q": {"d": "1"}},
         {"q": {"d": {}}},
+        {"q": SHARED, "r": SHARED},
         {"q": 1.0},
         [("q", "d", 1.0)],
         {"q": {"d": [1.0]}},

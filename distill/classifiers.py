@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distill.corpus.store import Corpus
 
 ROWS = 32  # of one forward pass
+OTHER_PROBLEMS = ("regression", "multi_label_classification")  # of the same classes of transformers
 
 
 def names(config) -> list[str] | None:
@@ -32,9 +33,13 @@ def names(config) -> list[str] | None:
 
 def known(path: Path) -> list[str]:
     """The classes of a checkpoint in the order of its logits."""
-    found = names(loading.configuration(path))
+    config = loading.configuration(path)
+    found = names(config)
     if found is None:
         raise UserError(f"{path} has no classification head")
+    if len(found) < 2 or config.problem_type in OTHER_PROBLEMS:
+        what = (config.problem_type or "regression").replace("_", " ")
+        raise UserError(f"{path}: its head is for {what}, not for one class out of several")
     return found
 
 
@@ -91,7 +96,15 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Logits:
         return Logits(model(**inputs, return_dict=True).logits)
     hidden = model.base_model(**inputs).last_hidden_state  # [B, T, D]
     last = (batch["segment_ids"] > 0).sum(1).clamp_min(1) - 1
-    return Logits(_last(model)(hidden[torch.arange(len(last), device=last.device), last]))
+    return Logits(_alone(model)(hidden[torch.arange(len(last), device=last.device), last]))
+
+
+def _alone(model: nn.Module) -> nn.Linear:
+    """The head of a decoder, which is one layer."""
+    others = [m for m in model.children() if m is not model.base_model and any(True for _ in m.parameters())]
+    if others != [_last(model)]:
+        raise UserError(f"{type(model).__name__}: the head of a decoder that classifies is more than one layer here")
+    return _last(model)
 
 
 def over(model: nn.Module, corpus: Corpus, rows: Sequence[int]) -> Tensor:

@@ -130,6 +130,15 @@ def test_a_head_of_other_classes_is_refused_with_both_lists(others, tmp_path):
     assert "cat, dog, eel" in str(refused.value) and ", ".join(others) in str(refused.value)
 
 
+@pytest.mark.parametrize(("classes", "problem"), [(["score"], None), (CLASSES, "multi_label_classification")])
+def test_a_head_that_scores_is_not_taken_for_one_that_classifies(classes, problem, tmp_path):
+    model = classifier("bert", classes)
+    model.config.problem_type = problem
+    tiny.save(model, tmp_path)
+    with pytest.raises(UserError, match="not for one class out of several"):
+        classifiers.known(tmp_path)
+
+
 def test_a_head_that_labels_tokens_is_not_taken_for_one_that_classifies(tmp_path):
     config = classifiers.named(tiny.config("bert"), CLASSES)
     tokens = transformers.BertForTokenClassification(config)
@@ -411,7 +420,7 @@ def train(**changes) -> dict:
     ("changes", "message"),
     [
         ({"teacher": train(data="text")}, "text has no classes; set `label` of the corpus, or"),
-        ({"distilled": train(**{**SOFT, "targets": {"t": {"from": "base"}}})}, "no classification head; train one first"),
+        ({"distilled": train(**{**SOFT, "targets": {"t": {"from": "base"}}})}, "no classification head; train"),
         ({"student": train(loss=[*CE["loss"], {"divergence": {"target": "t", "objective": "mlm"}}], **{
             "targets": {"t": {"from": "base"}}})}, "objective classify and mlm are two stages"),
         ({"answers": {"data": {"from": "text", "ops": [{"label": {"teacher": "base"}}]}}}, "no classification head"),

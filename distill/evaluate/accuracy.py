@@ -120,4 +120,4 @@ def _fits(subject, bench) -> bool:
 
 def _whose(bench) -> str:
     teacher = bench.heldout.manifest["request"].get("labelled_by")
-    return f"; these classes are not known but what {teacher} says" if teacher else ""
+    return f"; the right ones are what {teacher} answered, not known ones" if teacher else ""

@@ -28,6 +28,7 @@ from distill.refine.gather import Chosen, gather
 from distill.refine.likelihood import likelier, log_probabilities
 from distill.refine.refinement import of_selection
 from distill.refine.selection import Rule, Table, select
+from distill.report import refinement
 from growth import files
 from growth.errors import UserError
 
@@ -490,3 +491,25 @@ def test_noise_is_always_the_same_and_of_every_kind():
 def test_what_makes_no_sense_is_refused_in_the_recipe(op, fields, words):
     with pytest.raises(ValueError, match=words):
         OPS[op].model_validate(fields)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_what_was_kept_and_no_text_breaks_out_of_it(tmp_path, table):
+    found = of_selection(table, select(table, Rule(keep=0.5)), "gap", "high", ["rubbish"])
+    found["best"][0]["text"] = "a | b <script>x</script> `c` **d** \n## e \x07"
+    for seed in (0, 1):
+        (tmp_path / f"refined@{seed}").mkdir()
+        files.write_json(tmp_path / f"refined@{seed}" / "stage.json", {"metrics": {"select": found}})
+    (tmp_path / "student").mkdir()
+    files.write_json(tmp_path / "student" / "stage.json", {"metrics": {"steps": 3}})
+    told = refinement.gather(tmp_path)
+    refinement.write(tmp_path, told)
+    text = (tmp_path / "refined@1" / "refinement.md").read_text()
+    assert "a \\| b &lt;script&gt;x&lt;/script&gt; \\`c\\` \\*\\*d\\*\\*  \\#\\# e" in text and "\x07" not in text
+    assert (tmp_path / "refined@1" / "refinement.png").stat().st_size > 1000
+    section = "\n".join(refinement.section(told))
+    spotted = found["unwanted"]
+    assert f"{spotted['precision']:.1%} and {spotted['recall']:.1%}, " in section and "(one pair a seed)" in section
+    assert list(refinement.section({})) == []

@@ -43,9 +43,8 @@ def of_selection(table: Table, rows: np.ndarray, title: str, better: str, unwant
 
 def tell(found: dict[str, Any]) -> None:
     """The main figures on the terminal."""
-    say(
-        f"kept {found['kept']} of {found['rows']} rows, {found['kept_tokens'] / max(found['tokens'], 1):.1%} of the tokens"
-    )
+    share = found["kept_tokens"] / max(found["tokens"], 1)
+    say(f"kept {found['kept']} of {found['rows']} rows, {share:.1%} of the tokens")
     if spotted := found["unwanted"]:
         say(f"  {sentence(spotted)}")
 
@@ -54,8 +53,8 @@ def sentence(spotted: dict[str, Any]) -> str:
     """How well a selection has told the worthless from the rest."""
     names = ", ".join(spotted["parts"])
     return (
-        f"of {names}, known to be worthless, {spotted['recall']:.1%} is discarded (recall); "
-        f"of what is discarded {spotted['precision']:.1%} is {names} (precision), where chance gives {spotted['share']:.1%}"
+        f"of {names}, known to be worthless, {spotted['recall']:.1%} is discarded (recall); of what is discarded "
+        f"{spotted['precision']:.1%} is {names} (precision), where chance gives {spotted['share']:.1%}"
     )
 
 

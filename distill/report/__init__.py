@@ -14,7 +14,7 @@ from growth.files import write_json, write_text
 
 def rebuild(run: Path) -> dict:
     """Write report.json, report.md, the plots and the model cards of a run directory and print the table."""
-    from distill.report import card, plots
+    from distill.report import card, plots, refinement
     from distill.report.figures import gather, public, training_logs
     from distill.report.words import markdown, show
 
@@ -23,7 +23,9 @@ def rebuild(run: Path) -> dict:
     logs = training_logs(run, report["stages"])
     pictures = plots.draw(run, report, logs)
     write_json(run / "report.json", public(report))
-    write_text(run / "report.md", markdown(report, pictures))
+    told = refinement.gather(run)
+    refinement.write(run, told)
+    write_text(run / "report.md", markdown(report, pictures, list(refinement.section(told))))
     card.write_all(run, report)
     show(report)
     say(f"report: {run / 'report.md'}")

@@ -140,8 +140,8 @@ def _spread(values: list[float], n: int) -> list[float]:
 # Markdown
 
 
-def markdown(report: dict, pictures: dict[str, str]) -> str:
-    """report.md; `pictures` maps a caption to a file name."""
+def markdown(report: dict, pictures: dict[str, str], sections: list[str]) -> str:
+    """report.md; `pictures` maps a caption to a file name, `sections` are those of its own that a run has."""
     machine = report["machine"]
     parts = [
         f"# {report['recipe']}",
@@ -153,6 +153,7 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         "## How it was measured",
         "\n".join(f"- **{facts['title']}**: {facts['note']}." for facts in report["metrics"].values()),
         *_every_seed(report),
+        *sections,
         *(f"![{caption}]({file})" for caption, file in pictures.items()),
         "## Where",
         f"{machine['cores']} core{'s'[: machine['cores'] != 1]} of {machine['cpu']}, "

@@ -37,7 +37,7 @@ def write(op, src: Path, out: Path, context) -> dict[str, Any]:
     teacher = _teacher(op, text, context)
     keep = _keep(op, teacher)
     if isinstance(keep, KeepHidden):
-        world.first(lambda: keep.save(out))
+        world.first(lambda: (out / HEAD).exists() or keep.save(out))
     about = About(op.keep, keep.columns(), [_producer(op, teacher, keep, out, context)], text.digest)
     work = Pass(teacher, keep, op.tokens)
     world.first(lambda: work.foretell(out))
@@ -50,7 +50,7 @@ def write(op, src: Path, out: Path, context) -> dict[str, Any]:
     world.raise_together(failure)
     (scored,) = world.agree(scored)
     world.first(lambda: scores.seal(out))
-    held = sum(path.stat().st_size for path in out.glob("r*"))  # without the teacher's head
+    held = _held(out)
     return {
         "tokens": int(scored),
         "bytes": held,
@@ -180,8 +180,7 @@ class Pass:
             f"{out.parent.name}: {console.count(tokens)} tokens of {needed / tokens:.0f} bytes each, "
             f"{console.size(needed)} together (a forecast)"
         )
-        there = sum(path.stat().st_size for path in out.iterdir()) if out.exists() else 0
-        files.ensure_space(out, needed - there, "the cache")
+        files.ensure_space(out, needed - _held(out), "the cache")
 
     def _size(self, several: list[np.ndarray]) -> tuple[float, float]:
         """(documents, tokens that are scored) of all; of those told in other ids as many as the first block has."""
@@ -189,6 +188,11 @@ class Pass:
         if self.teacher.alignment:
             return len(several) * share, sum(len(one) - 1 for one in several) * share
         return about["pieces"], about["tokens"] - about["pieces"]
+
+
+def _held(out: Path) -> int:
+    """Bytes of the shards."""
+    return sum(path.stat().st_size for path in out.glob("r*"))
 
 
 def _by_document(values: Tensor | Ragged, lengths: list[int]) -> Ragged:

@@ -24,7 +24,25 @@ STAGES = {  # the stages that train, and what makes them small
 SMALL = {
     "ensemble": ("corpora.little.limit=60", "corpora.little.length=16"),
     "self_distillation": (
-        *("corpora.code.limit=4", "corpora.code.length=16", "corpora.prose.limit=60", "corpora.prose.length=16"),
+        *("corpora.code.limit=20", "corpora.code.heldout=0", "corpora.code.length=16"),
+        *("corpora.prose.limit=60", "corpora.prose.length=16"),
+        'report.evaluate.on=["heldout_loss"]',
+    ),
+    "salt": ("teacher", "student", "twin"),
+    "ensemble": ("first", "second", "third", "student", "pupil", "twin"),
+    "truncation": ("teacher", "student", "taught", "twin"),
+    "self_distillation": ("base", "teacher", "student", "longer"),
+}
+SMALL = {
+    "ensemble": ("corpora.little.limit=60", "corpora.little.length=16"),
+    "self_distillation": (
+        *(
+            "corpora.code.limit=20",
+            "corpora.code.heldout=0",
+            "corpora.code.length=16",
+            "corpora.prose.limit=60",
+            "corpora.prose.length=16",
+        ),
         'report.evaluate.on=["heldout_loss"]',
     ),
     "salt": (

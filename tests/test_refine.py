@@ -23,10 +23,10 @@ from distill import corpus, loading, scores
 from distill.corpus import noise, tokens
 from distill.heads import Logits
 from distill.recipe import CorpusSpec
-from distill.refine import OPS, cut, rewriting, scored, scoring
+from distill.refine import OPS, cut, likelihood, rewriting, scored, scoring
 from distill.refine.gather import Chosen, gather
 from distill.refine.likelihood import likelier, log_probabilities
-from distill.refine.refinement import of_selection
+from distill.refine.refinement import of_selection, refine
 from distill.refine.selection import Rule, Table, select
 from distill.report import refinement
 from growth import files
@@ -111,6 +111,13 @@ def test_tiles_give_the_log_probabilities_of_the_plain_formula(monkeypatch, soft
         torch.testing.assert_close(log_probabilities(given_logits, targets), gold[:, 0])
     torch.testing.assert_close(found, gold[:, 0])
     assert (better == (expected > gold + 1e-12).sum(1)).all()
+
+
+def test_no_token_is_likelier_than_itself(monkeypatch):
+    """Its logit may come out a little lower where it is summed in another order."""
+    gold = likelihood._gold
+    monkeypatch.setattr(likelihood, "_gold", lambda *given: gold(*given) - 1e-4)
+    assert likelier(Logits(torch.eye(9)), torch.arange(9))[1].tolist() == [0] * 9
 
 
 @pytest.mark.parametrize("name", ["teacher", "reference"])
@@ -352,6 +359,20 @@ def test_the_report_counts_what_was_found(place, pool, table):
     assert found["unwanted"]["recall"] == pytest.approx(lost["rubbish"] / (lost + kept)["rubbish"])
     assert found["unwanted"]["precision"] == pytest.approx(lost["rubbish"] / lost.total())
     assert found["best"][0]["score"] == table.facts["score"].max() and sum(found["histogram"]["kept"]) == len(rows)
+
+
+def test_functions_of_directories_do_what_stages_do(place, pool, tmp_path):
+    """As the documentation of `distill.refine` has it, with plain strings; what is held out stays whole."""
+    for name in ("teacher", "reference"):
+        scoring.score(pool, str(place / name), str(tmp_path / "scores" / name))
+    scored.describe(str(tmp_path / "scores"), kind="nll_gap", per="token")
+    found = refine(str(place / "pool"), str(tmp_path / "scores"), str(tmp_path / "better"), Rule(keep=0.5))
+    rewriting.retokenize(str(tmp_path / "better"), str(tmp_path / "rows"), plain_tokenizer(), length=64)
+    rewriting.retokenize(str(place / "pool"), str(tmp_path / "all"), plain_tokenizer(), length=64)
+    rewriting.mix(str(tmp_path / "rows"), str(tmp_path / "mixed"), {str(tmp_path / "all"): 0.5})
+    assert found["kept"] == len(pool) // 2 == len(corpus.open(tmp_path / "better"))
+    assert spelled(tmp_path / "better", "heldout") == spelled(place / "pool", "heldout")
+    assert len(corpus.open(tmp_path / "mixed")) == 2 * len(corpus.open(tmp_path / "rows"))
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

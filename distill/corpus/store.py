@@ -152,7 +152,7 @@ def open(path: Path, part: str = TRAIN) -> Corpus:
 
 
 def read_manifest(path: Path) -> dict:
-    manifest = files.read_json(path / MANIFEST)
+    manifest = files.read_json(Path(path) / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         raise UserError(f"{path} was not prepared by this version; prepare the corpus again")
     return manifest

@@ -1,4 +1,13 @@
-"""What a data stage does to a corpus: operations by name. No torch."""
+"""What a data stage does to a corpus: operations by name. No torch.
+
+Each is a function of directories as well:
+
+    scoring.score(corpus.open("pool"), "teacher", "scores/teacher")         # and "reference", "scores/reference"
+    scored.describe("scores", kind="nll_gap", per="token")
+    refinement.refine("pool", "scores", "better", Rule(keep=0.5))
+    rewriting.retokenize("better", "rows", tokens.load("student"), length=1024)
+    rewriting.mix("rows", "mixed", {"other": 0.3})
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,42 @@
-"""What a selection has kept: of each part, of long and short rows, the best and the worst. No torch."""
+"""A selection written as a corpus, and what it has kept: of each part, the best and the worst. No torch."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill.refine.selection import Table, steps
+from distill import corpus
+from distill.corpus import store
+from distill.refine.gather import Chosen, gather, heldout
+from distill.refine.scored import Scored
+from distill.refine.selection import Rule, Table, select, steps
 from growth.console import say
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 40  # of the histogram
 EXAMPLES, LONGEST = 4, 300  # rows at either end, and characters of each
+
+
+def refine(src: Path, scores: Path, out: Path, rule: Rule, unwanted: Sequence[str] = ()) -> dict[str, Any]:
+    """The corpus in `out` of those rows of the one in `src` that a rule keeps by its scores; what was kept.
+
+    What is held out stays held out, all of it. `unwanted` are parts known to be worthless.
+    """
+    text = corpus.open(src, store.TRAIN)
+    scored = Scored(scores, text)
+    table = Table(text, scored)
+    rows = select(table, rule)
+    sides = {store.TRAIN: [Chosen(text, rows)], store.HELDOUT: heldout(src)}
+    request = {"select": asdict(rule), "of": text.digest, "score": scored.about}
+    gather(out, {side: chosen for side, chosen in sides.items() if chosen}, request)
+    found = of_selection(table, rows, scored.title, rule.better, unwanted)
+    tell(found)
+    return found
 
 
 def of_selection(table: Table, rows: np.ndarray, title: str, better: str, unwanted: Sequence[str]) -> dict[str, Any]:

@@ -59,18 +59,18 @@ def mix(src: Path, out: Path, others: Mapping[Path, float]) -> dict[str, Any]:
 
     Of each corpus they come from all over it and keep their order. What is held out is mixed likewise.
     """
-    shares = {Path(src): 1 - sum(others.values()), **others}
-    sides = [side for side in store.SIDES if all(side in store.read_manifest(path)["sides"] for path in shares)]
-    given = {side: _shared({corpus.open(path, side): share for path, share in shares.items()}) for side in sides}
-    gather(out, given, {"mix": [text.text.digest for text in given[store.TRAIN]], "shares": list(shares.values())})
-    return {"rows": {str(c.text.path.name): len(c.rows) for c in given[store.TRAIN]}}
+    shares = [(Path(src), 1 - sum(others.values())), *((Path(path), share) for path, share in others.items())]
+    sides = [side for side in store.SIDES if all(side in store.read_manifest(path)["sides"] for path, _ in shares)]
+    given = {side: _shared([(corpus.open(path, side), share) for path, share in shares]) for side in sides}
+    gather(out, given, {"mix": [chosen.text.digest for chosen in given[store.TRAIN]], "shares": [n for _, n in shares]})
+    return {"rows": [len(chosen.rows) for chosen in given[store.TRAIN]]}
 
 
-def _shared(shares: dict[Corpus, float]) -> list[Chosen]:
-    first = next(iter(shares))
-    for text in shares:
+def _shared(shares: list[tuple[Corpus, float]]) -> list[Chosen]:
+    first, _ = shares[0]
+    for text, _ in shares:
         if (text.manifest["tokenizer_digest"], text.length) != (first.manifest["tokenizer_digest"], first.length):
             raise UserError(f"{text.path} has another tokeniser or other rows than {first.path}; retokenize it first")
-    whole = min(len(text) / share for text, share in shares.items() if share)
-    counts = {text: math.floor(whole * share + 1e-9) for text, share in shares.items()}
-    return [Chosen(text, np.arange(n) * len(text) // max(n, 1)) for text, n in counts.items()]
+    whole = min(len(text) / share for text, share in shares if share)
+    counts = [(text, math.floor(whole * share + 1e-9)) for text, share in shares]
+    return [Chosen(text, np.arange(n) * len(text) // max(n, 1)) for text, n in counts]

@@ -49,6 +49,7 @@ def loss(columns: Columns, per: Per) -> np.ndarray:
 
 def describe(path: Path, kind: Kind, per: Per) -> None:
     """Write score.json beside the sealed stores in `path`."""
+    path = Path(path)
     stores = {name: _producer(path / name) for name in names(kind)}
     corpus = files.read_json(path / names(kind)[0] / "manifest.json")["corpus_digest"]
     files.write_json(

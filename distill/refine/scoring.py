@@ -90,9 +90,9 @@ class Scorer:
         self.facts, self.digest = tokens.facts(self.tokenizer), tokens.digest(self.tokenizer)
         self.own = self.digest == text.manifest["tokenizer_digest"]
         self.length = _length(config, text.length, self.own, self.path)
-        self.model = models.freeze(models.load(self.path, "causal", getattr(torch, precision))).to(world.device())
         if self.facts.vocabulary > config.vocab_size:
             raise UserError(f"{path}: its tokeniser has {self.facts.vocabulary} ids, its model {config.vocab_size}")
+        self.model = models.freeze(models.load(self.path, "causal", getattr(torch, precision))).to(world.device())
         self.forward = forward or (TOKENS_ON_A_GPU if world.device().type == "cuda" else TOKENS)
 
     @cached_property

@@ -48,21 +48,8 @@ class Select(DataOp):
             yield f"by: stage {self.by} has scored {scored.from_}, this one selects from {text.name}"
 
     def apply(self, src: Path, out: Path, context) -> dict[str, Any]:
-        import numpy as np
+        from distill.refine.refinement import refine
+        from distill.refine.selection import Rule
 
-        from distill import corpus
-        from distill.refine.gather import Chosen, gather, heldout
-        from distill.refine.refinement import of_selection, tell
-        from distill.refine.scored import Scored
-        from distill.refine.selection import Rule, Table, select
-
-        text = corpus.open(src, "train")
-        scored = Scored(context.scores(self.by), text)
-        table = Table(text, scored)
-        rows = select(table, Rule(self.keep, self.threshold, self.tokens, self.better, self.quota))
-        sides = {"train": [Chosen(text, np.asarray(rows))], "heldout": heldout(src)}
-        request = {"select": self.model_dump(mode="json"), "of": text.digest, "score": scored.about}
-        gather(out, {side: chosen for side, chosen in sides.items() if chosen}, request)
-        found = of_selection(table, rows, scored.title, self.better, self.unwanted)
-        tell(found)
-        return found
+        rule = Rule(self.keep, self.threshold, self.tokens, self.better, self.quota)
+        return refine(src, context.scores(self.by), out, rule, self.unwanted)

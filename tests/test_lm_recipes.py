@@ -28,23 +28,6 @@ SMALL = {
         *("corpora.prose.limit=60", "corpora.prose.length=16"),
         'report.evaluate.on=["heldout_loss"]',
     ),
-    "salt": ("teacher", "student", "twin"),
-    "ensemble": ("first", "second", "third", "student", "pupil", "twin"),
-    "truncation": ("teacher", "student", "taught", "twin"),
-    "self_distillation": ("base", "teacher", "student", "longer"),
-}
-SMALL = {
-    "ensemble": ("corpora.little.limit=60", "corpora.little.length=16"),
-    "self_distillation": (
-        *(
-            "corpora.code.limit=20",
-            "corpora.code.heldout=0",
-            "corpora.code.length=16",
-            "corpora.prose.limit=60",
-            "corpora.prose.length=16",
-        ),
-        'report.evaluate.on=["heldout_loss"]',
-    ),
     "salt": (
         "student.train.loss.0.ce.weight.points=[[0, 0.5], [2, 1.0]]",
         "student.train.loss.1.divergence.weight.points=[[0, 0.5], [2, 0.0]]",

@@ -8,7 +8,7 @@ text, is never among its negatives. Answers that nobody has labelled are common 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +111,3 @@ def by_words(
         return candidates(collection, search.BM25(collection.documents).run(asked, depth), **settings)
 
     return cached(directory, about, make)
-
-
-def digest_of(told: FalseNegatives, reader: Reader) -> dict:
-    """What a filtered result depends on besides its groups, for `cached`."""
-    return {"false_negatives": asdict(told), "scores": reader.about.plain(), "rows": len(reader)}

@@ -19,8 +19,12 @@ BROUGHT = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokeniz
 class Text:
     """What is known of a corpus before it is prepared."""
 
-    def __init__(self, name: str, planned):
-        self.name, self.planned, self.spec = name, planned, planned.recipe.text(name)
+    def __init__(self, name: str, planned, spec=None):
+        self.name, self.planned, self.spec = name, planned, spec or planned.recipe.text(name)
+
+    def after(self, op) -> Text:
+        """What an operation will make of it."""
+        return Text(self.name, self.planned, op.plan(self.spec, self.planned.recipe))
 
     @cached_property
     def tokenizer(self):

@@ -156,9 +156,10 @@ def _of_growth(stage: Stage, planned: Planned) -> list[str]:
 
 
 def _of_data(stage: Stage, planned: Planned) -> Iterator[str]:
+    text = fitting.Text(stage.data.from_, planned)
     for name, op in stage.data.operations():
-        text = fitting.Text(stage.data.from_, planned)
         yield from (f"stages.{stage.id}.data.{name}: {what}" for what in op.check(planned, text))
+        text = text.after(op)
 
 
 def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:

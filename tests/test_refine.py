@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distill import corpus, loading, scores
+from distill import corpus, loading, scores, stages
+from distill import recipe as recipes
 from distill.corpus import noise, tokens
 from distill.heads import Logits
 from distill.recipe import CorpusSpec
@@ -30,7 +32,7 @@ from distill.refine.refinement import of_selection, refine
 from distill.refine.selection import Rule, Table, select
 from distill.report import refinement
 from growth import files
-from growth.errors import UserError
+from growth.errors import UsageError, UserError
 
 LENGTH = 40
 WORDS = "the garden holds an old rose, two trees and a pond; nobody knows who dug it"
@@ -534,3 +536,76 @@ def test_the_report_shows_what_was_kept_and_no_text_breaks_out_of_it(tmp_path, t
     spotted = found["unwanted"]
     assert f"{spotted['precision']:.1%} and {spotted['recall']:.1%}, " in section and "(one pair a seed)" in section
     assert list(refinement.section({})) == []
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(place, tmp_path):
+    """Two seeds of it, with models that are there already; what is learned from the text is not part of it."""
+    content = f"""
+recipe: refined
+seeds: 2
+models: {{teacher: {place}/teacher, reference: {place}/reference}}
+corpora:
+  pool: {{source: {place}/pool.jsonl, tokenizer: teacher, length: {LENGTH}, heldout: 0.2}}
+  letters: {{source: {place}/pool.jsonl, tokenizer: {{train: {{vocab: 280, kind: bpe}}}}, length: 64, heldout: 0.2}}
+stages:
+- id: gap
+  data: {{from: pool, ops: [{{score: {{teacher: teacher, reference: reference, per: token}}}}]}}
+- id: refined
+  data:
+    from: pool
+    ops: [{{select: {{by: gap, keep: 0.5, unwanted: [rubbish]}}}}, {{retokenize: {{like: letters, length: 64}}}}]
+- id: mixed
+  data: {{from: refined, ops: [{{mix: {{with: {{letters: 0.5}}}}}}]}}
+"""
+    (tmp_path / "recipe.yaml").write_text(content)
+    return tmp_path / "recipe.yaml"
+
+
+def test_a_run_scores_selects_and_writes_in_other_tokens(recipe, place, pool, tmp_path, capsys):
+    stages.run(recipes.load(recipe), tmp_path / "run")
+    made, letters = (corpus.open(tmp_path / "run" / name) for name in ("refined@1/corpus", "corpora/letters"))
+    assert tokens.digest(made.tokenizer) == letters.manifest["tokenizer_digest"] != pool.manifest["tokenizer_digest"]
+    scores_of = scored.Scored(tmp_path / "run" / "gap@1" / "scores", pool)  # prepared elsewhere, but of the same rows
+    chosen = gathered(pool, select(Table(pool, scores_of), Rule(keep=0.5)), tmp_path / "chosen")
+    assert sorted(made.documents()) == sorted(chosen.documents())
+    told = files.read_json(tmp_path / "run" / "refined@0" / "stage.json")["metrics"]
+    assert told["select"]["kept"] == len(pool) // 2 and told["select"]["unwanted"]["parts"] == ["rubbish"]
+    assert not list((tmp_path / "run").glob("*/refining"))
+    capsys.readouterr()
+    stages.run(recipes.load(recipe), tmp_path / "run")
+    assert capsys.readouterr().err.count("not run again") == 6
+
+
+def test_a_selection_by_scores_of_another_corpus_is_refused_beforehand(recipe, tmp_path):
+    changed = ["stages.refined.data.from=letters"]
+    with pytest.raises(UserError, match="gap has scored pool, this one selects from letters"):
+        stages.run(recipes.load(recipe, changed), tmp_path / "run")
+
+
+def test_rows_of_other_lengths_are_not_mixed(recipe, tmp_path):
+    changed = ["corpora.letters.length=48"]
+    with pytest.raises(UserError, match="rows of letters have 48 tokens, these 64"):
+        stages.run(recipes.load(recipe, changed), tmp_path / "run")
+
+
+def test_names_that_nothing_has_are_refused(recipe):
+    with pytest.raises(UsageError) as caught:
+        recipes.load(recipe, ["stages.mixed.data.ops=[{mix: {with: {lettres: 0.5}}}]", "stages.gap.data.from=poole"])
+    assert "no corpus 'lettres'; did you mean 'letters'" in str(caught.value)
+    assert "no corpus 'poole'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["miniplm", "paper/miniplm"])
+def test_what_makes_miniplm(name):
+    """Half of the pool by a difference of means, no teacher in training, as many steps on all of it."""
+    found = recipes.load(Path(__file__).parents[1] / "recipes" / f"{name}.yaml")
+    (_, score), (_, chosen) = found.stage("gap").data.operations()[0], found.stage("refined").data.operations()[0]
+    assert (score.kind, chosen.keep, chosen.better, chosen.order) == ("nll_gap", 0.5, "high", "corpus")
+    student, scratch = (found.stage(name).train for name in ("student", "scratch"))
+    assert not student.targets and student.stop == scratch.stop and student.optim == scratch.optim
+    assert (student.corpus, found.equal) == ("refined", "steps")
+    assert found.text(student.corpus).tokenizer == found.text(scratch.corpus).tokenizer

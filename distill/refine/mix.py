@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,11 @@ class Mix(DataOp):
                 f"with: the shares add up to {sum(self.with_.values()):g}, which leaves this corpus nothing"
             )
         return self
+
+    def check(self, planned, text) -> Iterator[str]:
+        for name in self.with_:
+            if (other := planned.recipe.text(name).length) != text.spec.length:
+                yield f"with: rows of {name} have {other} tokens, these {text.spec.length}"
 
     def apply(self, src: Path, out: Path, context) -> dict[str, Any]:
         from distill.refine.rewriting import mix

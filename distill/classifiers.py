@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill import layout, loading
 from distill.heads import Logits
+from growth.console import bar
 from growth.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,8 +109,15 @@ def _alone(model: nn.Module) -> nn.Linear:
 
 
 def over(model: nn.Module, corpus: Corpus, rows: Sequence[int]) -> Tensor:
-    """The same for rows of a corpus, in their order: [N, C] float32 on the CPU."""
-    return torch.cat([_of_rows(model, corpus, rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)])
+    """The same for rows of a corpus, in their order: [N, C] float32 on the CPU. Rows of like lengths run together."""
+    order = sorted(range(len(rows)), key=lambda i: int((corpus.row(rows[i])[1] > 0).sum()))
+    groups = [[rows[i] for i in order[first : first + ROWS]] for first in range(0, len(order), ROWS)]
+    with bar(len(rows), f"classifying {corpus.path.name}") as advance:
+        found = []
+        for group in groups:
+            found.append(_of_rows(model, corpus, group))
+            advance(len(group))
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 @torch.inference_mode()

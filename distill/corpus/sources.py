@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,18 @@ def _several(spec) -> Iterator[Document]:
 
 def _single(spec) -> Iterator[Document]:
     if spec.source in EMBEDDED:
-        found = EMBEDDED[spec.source]()
+        found = iter(_embedded(spec.source))
     elif _is_path(spec.source):
         found = local.documents(Path(spec.source).expanduser(), spec.field, _column(spec))
     else:
         found = _hub(spec)
     return _limited(_of_parts(found, spec), spec)
+
+
+@cache
+def _embedded(source: str) -> tuple[Document, ...]:
+    """Some megabytes; a recipe of several corpora reads the library once."""
+    return tuple(EMBEDDED[source]())
 
 
 def _column(spec) -> str | None:

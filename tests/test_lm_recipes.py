@@ -29,8 +29,8 @@ SMALL = {
         'report.evaluate.on=["heldout_loss"]',
     ),
     "salt": (
-        "student.train.loss.0.ce.weight.points=[[0, 0.5], [2, 1.0]]",
-        "student.train.loss.1.divergence.weight.points=[[0, 0.5], [2, 0.0]]",
+        "student.train.loss.0.ce.weight.points=[[0, 0.1], [2, 1.0]]",
+        "student.train.loss.1.divergence.weight.points=[[0, 0.9], [2, 0.0]]",
         *(f"{stage}.train.evaluate_every=2" for stage in ("student", "twin")),
     ),
 }

@@ -157,6 +157,15 @@ def test_batches_do_not_matter(place, pool, tmp_path):
     assert np.allclose([one[key] for key in one], [other[key] for key in one], rtol=1e-5)
 
 
+def test_half_precision_scores_nearly_the_same(place, pool, tmp_path):
+    """The model's rounding, not that of its logits: those are float32."""
+    scoring.score(pool, place / "teacher", tmp_path, precision="bfloat16")
+    one, other = columns(tmp_path), columns(place / "scores" / "teacher")
+    assert scores.Reader(tmp_path).about.producers[0]["dtype"] == "bfloat16"
+    ratios = [one[key][0] / other[key][0] for key in one]
+    assert one != other and 0.9 < min(ratios) <= max(ratios) < 1.1
+
+
 def test_another_tokeniser_reads_the_text_of_the_row(place, pool, tmp_path):
     """Bytes are those of the tokens that were predicted, so a first token without anything before it is left out."""
     scoring.score(pool, place / "foreign", tmp_path, forward=300)

@@ -128,8 +128,8 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     """The distribution of the scores, all and kept."""
     edges = found["histogram"]["edges"]
     with figure(path, 1, width=5.0, height=2.9) as (panel,):
-        for name, colour in zip(("all", "kept"), LINES, strict=False):
-            panel.stairs(found["histogram"][name], edges, fill=True, color=colour, alpha=0.45, label=name)
+        for name, colour in (("all", "#cccccc"), ("kept", LINES[0])):
+            panel.stairs(found["histogram"][name], edges, fill=True, color=colour, label=name)
         panel.set_xlabel(found["score"])
         panel.set_ylabel("rows")
         panel.legend(frameon=False, fontsize=8)

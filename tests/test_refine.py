@@ -456,6 +456,20 @@ def test_other_tokens_stand_for_the_same_text(place, tmp_path, length):
     assert corpus.open(tmp_path / "bytes").length == length
 
 
+def test_rows_keep_their_class(place, tmp_path):
+    """Also when a class has no row left: a head knows classes by their places."""
+    spec = CorpusSpec(source=str(place / "pool.jsonl"), tokenizer="t", length=64, heldout=0, packed=False, label="part")
+    corpus.prepare(spec, place / "teacher", tmp_path / "pool")
+    pool = corpus.open(tmp_path / "pool")
+    rows = [i for i in range(len(pool)) if pool.classes[pool.labels[i]] != "prose"][::2]
+    made = gathered(pool, rows, tmp_path / "made")
+    assert made.classes == pool.classes and made.labels.tolist() == pool.labels[rows].tolist()
+    rewriting.retokenize(tmp_path / "made", tmp_path / "bytes", plain_tokenizer())
+    again = corpus.open(tmp_path / "bytes")
+    parts = [again.manifest["parts"][again.texts.parts[again.spans[i][0, 0]]] for i in range(len(again))]
+    assert again.classes == made.classes and [again.classes[label] for label in again.labels] == parts
+
+
 def test_a_new_tokeniser_is_learned_from_what_is_left(place, tmp_path):
     from distill.specs import TrainTokenizer
 

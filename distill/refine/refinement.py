@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from distill import corpus
 from distill.corpus import store
+from distill.refine import cut
 from distill.refine.gather import Chosen, gather, heldout
 from distill.refine.scored import Scored
 from distill.refine.selection import Rule, Table, select, steps
@@ -124,13 +124,13 @@ def _histogram(scores: np.ndarray, kept: np.ndarray) -> dict[str, list]:
 
 def _examples(table: Table, better: str) -> list[dict[str, Any]]:
     """The rows with the highest (lowest) scores, the beginning of their text in one line."""
-    sign = 1 if better == "high" else -1
-    pairs = ((sign * score, -row) for some in table.stream() for row, score in zip(some.index, some.score, strict=True))
-    return [_example(table, -row) for _, row in heapq.nlargest(EXAMPLES, pairs)]
+    rows = np.concatenate(list(cut.best(table.stream, EXAMPLES, high=better == "high")))
+    scores = table.facts["score"][rows]
+    return [_example(table, row) for row in rows[np.argsort(-scores if better == "high" else scores, kind="stable")]]
 
 
 def _example(table: Table, row: int) -> dict[str, Any]:
     text = " / ".join(" ".join(piece.split()) for piece in table.text.pieces(int(row)))
     facts = table.facts[row]
-    cut = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-    return {"score": float(facts["score"]), "row": int(row), "part": table.parts[facts["part"]], "text": cut}
+    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return {"score": float(facts["score"]), "row": int(row), "part": table.parts[facts["part"]], "text": shown}

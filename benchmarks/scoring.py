@@ -2,8 +2,8 @@
 
     python benchmarks/scoring.py [--only times|memory] [--threads 1] [--repeats 3] [--rows 192]
 
-The model is a Llama of random weights (4 layers of width 256) with a head of 32,000; the texts are paragraphs of
-the prose of this Python, up to 512 tokens long, in random order. The sums of log-probabilities of all texts are compared
+The model is a Llama of random weights (4 layers of width 256) with a head of 32,000; the texts are paragraphs of the
+prose of this Python, up to 512 tokens long, in random order. The sums of log-probabilities of all texts are compared
 before anything is timed. `plain` takes 16 texts as they come, `sorted` takes them by length. Times are interleaved,
 minimum of the repeats; CPU seconds beside those of the wall, for a shared machine disturbs them less. The floor counts
 2 FLOP a parameter and token, without padding and without attention, at the matrix rate measured here. Extra memory is

@@ -16,7 +16,7 @@ from distill.refine.scored import Scored
 from growth.errors import UserError
 
 STEP = 4096  # rows in memory at once
-FACTS = np.dtype([("score", "<f8"), ("tokens", "<i4"), ("part", "<i4"), ("bytes", "<i8")])  # of a row
+FACTS = np.dtype([("score", "<f8"), ("tokens", "<i4"), ("part", "<i4")])  # of a row
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Table:
             _, segments = text.block(rows)
             here = self.facts[rows.start : rows.stop]
             here["score"], here["tokens"] = scored[rows], (segments > 0).sum(1)
-            here["part"], here["bytes"] = _main_parts(text, rows)
+            here["part"] = _main_parts(text, rows)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -96,8 +96,8 @@ def steps(rows: int) -> Iterator[range]:
     return (range(first, min(first + STEP, rows)) for first in range(0, rows, STEP))
 
 
-def _main_parts(text: Corpus, rows: range) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row, the part that most of its text is of, and the bytes of all its text [n]."""
+def _main_parts(text: Corpus, rows: range) -> np.ndarray:
+    """Of each row, the part that most of its text is of [n]."""
     spans, row = text.spans.of(np.array(rows))
     sizes = spans[:, 2].astype(np.int64) - spans[:, 1]
     part = np.asarray(text.texts.parts)[spans[:, 0]].astype(np.int64)
@@ -105,4 +105,4 @@ def _main_parts(text: Corpus, rows: range) -> tuple[np.ndarray, np.ndarray]:
     sums = np.bincount(place.ravel(), sizes, minlength=pairs.shape[1])
     order = np.lexsort((-pairs[1], sums, pairs[0]))  # the last of a row has the most; of equal ones the first part
     last = np.flatnonzero(np.diff(pairs[0][order], append=-1))
-    return pairs[1][order][last], np.bincount(row, sizes, minlength=len(rows)).astype(np.int64)
+    return pairs[1][order][last]

@@ -256,6 +256,15 @@ def test_trained_rows_have_a_value_a_seed_and_a_fixed_model_has_one(place, tmp_p
     assert student["mean"] == pytest.approx(sum(student["seeds"]) / 3)
 
 
+def test_each_seed_is_compared_with_its_own_teacher(place, tmp_path):
+    for seed in range(2):
+        tiny.save(tiny.model("bert", "mlm", seed=20 + seed), place / f"own{seed}", tiny.tokenizer())
+    rows = {"teacher": "own@", "student": "other"}
+    found = measure(place, ["kl", "agreement"], rows, tmp_path, seeds=2)["teacher"]["metrics"]
+    assert found["kl"]["seeds"] == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert found["agreement"]["seeds"] == pytest.approx([1.0, 1.0])
+
+
 def test_equal_checkpoints_are_measured_once(place):
     tiny.save(tiny.model("bert", "mlm", seed=1), place / "copy", tiny.tokenizer())
     subjects = bench.Subjects(place / "corpora" / "texts")

@@ -74,14 +74,16 @@ def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
     metrics = dict(map(_metric, spec.on))
     subjects = Subjects(contexts[0].corpus(spec.data))
     teacher = spec.teacher or _teacher(spec.rows)
-    bench = Bench(subjects.corpus, teacher and subjects.at(contexts[0].model(teacher)), spec.rows, contexts[0])
+    teachers = [teacher and subjects.at(c.model(teacher)) for c in contexts]
+    bench = Bench(subjects.corpus, teachers[0], spec.rows, contexts[0])
     rows = {label: _once([subjects.at(c.model(reference)) for c in contexts]) for label, reference in spec.rows.items()}
     for metric in metrics.values():
         metric.check(bench)
-    scores = _measure(metrics, subjects.all(), bench)
+    seeds = {label: list(zip(teachers, found, strict=False)) for label, found in rows.items()}
+    scores = _measure(metrics, seeds, bench)
     result = {
         "metrics": {name: _described(metric, bench) for name, metric in metrics.items()},
-        "rows": [_row(label, spec.rows[label], teacher, rows[label], metrics, scores) for label in rows],
+        "rows": [_row(label, spec.rows[label], teacher, seeds[label], metrics, scores) for label in rows],
         **machine.facts(),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -129,15 +131,17 @@ def _once(subjects: list) -> list:
     return subjects[:1] if len({subject.path for subject in subjects}) == 1 else subjects
 
 
-def _measure(metrics: dict[str, Metric], subjects: list, bench) -> dict[str, dict]:
-    """metric -> subject -> score; metric by metric, so that at most one model is in memory (two for kl)."""
-    with bar(len(metrics) * len(subjects), "evaluate") as advance:
-        scores: dict[str, dict] = {}
+def _measure(metrics: dict[str, Metric], rows: dict[str, list[tuple]], bench) -> dict[str, dict]:
+    """metric -> (the teacher of a seed, a subject) -> score; by metric, so that one model is in memory (two for kl)."""
+    pairs = dict.fromkeys(pair for row in rows.values() for pair in row)
+    with bar(len(metrics) * len(pairs), "evaluate") as advance:
+        scores: dict[str, dict] = {name: {} for name in metrics}
         for name, metric in metrics.items():
-            scores[name] = {}
-            for subject, score in zip(subjects, metric.measure(subjects, bench), strict=True):
-                scores[name][subject.key] = score
-                advance(1, note=f"{name} of {subject.path.name}")
+            for bench.teacher in dict.fromkeys(teacher for teacher, _ in pairs):
+                subjects = [subject for teacher, subject in pairs if teacher is bench.teacher]
+                for subject, score in zip(subjects, metric.measure(subjects, bench), strict=True):
+                    scores[name][bench.teacher, subject] = score
+                    advance(1, note=f"{name} of {subject.path.name}")
         return scores
 
 
@@ -147,12 +151,13 @@ def _described(metric: Metric, bench) -> dict:
 
 
 def _row(label: str, reference: str, teacher: str | None, seeds: list, metrics: dict, scores: dict) -> dict:
-    measured = {name: [scores[name][subject.key] for subject in seeds] for name in metrics}
+    """`seeds`: one (teacher, subject) for each, or a single one."""
+    measured = {name: [scores[name][pair] for pair in seeds] for name in metrics}
     return {
         "name": label,
         "role": role(label, reference, teacher),
         "reference": reference,
-        "params": seeds[0].parameters,
+        "params": seeds[0][1].parameters,
         "metrics": {name: _summary(metrics[name], found) for name, found in measured.items() if None not in found},
     }
 

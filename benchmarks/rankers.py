@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,12 +23,13 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from distill import loading
-from distill.corpus.packing import Layout, best_fit
+from distill.corpus.packing import best_fit
 from distill.objectives import margin_mse
 from distill.ranking import encoding, rankers
 from distill.ranking.docstrings import pairs
@@ -39,7 +39,7 @@ from growth.console import table
 
 KIND = DualKind(pooling="mean", query_length=30, passage_length=200)
 LAYERS, NEGATIVES, TRIPLES, RATE = 3, 5, 40, 2e-5
-PLACES = (512, 1024, 2048, 4096, 8192, 1 << 20)
+PLACES = (256, 512, 1024, 2048, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,10 @@ def compare(ours: Ours, theirs: Theirs, batch: list[Triple]) -> dict:
 
 def lengths(directory: Path, form: str, steps: int) -> dict[str, float]:
     """Real tokens, and places with padding, of both sides."""
-    ours, counts = Ours(directory), {"theirs": 0, "ours, padded to the longest": 0, "ours": 0, "real": 0}
+    ours, counts = (
+        Ours(directory),
+        {"theirs": 0, "ours, padded to the longest": 0, "ours, by length": 0, "ours, shared rows": 0, "real": 0},
+    )
     rows = triples(FORMS[form])
     for at in range(0, steps * TRIPLES, TRIPLES):
         queries, passages, _ = _once(batch := rows[at : at + TRIPLES])
@@ -244,7 +247,8 @@ def lengths(directory: Path, form: str, steps: int) -> dict[str, float]:
             mine = _lengths(ours, texts, cut)
             counts["ours, padded to the longest"] += max(mine) * len(mine)
             counts["real"] += sum(mine)
-            counts["ours"] += sum(len(rows) * int(max(mine[i] for i in rows)) for rows in _passes(mine))
+            counts["ours, by length"] += _sorted(mine)
+            counts["ours, shared rows"] += max(mine) * (int(best_fit(np.array(mine), max(mine)).max()) + 1)
     return {name: count / steps for name, count in counts.items()}
 
 
@@ -252,54 +256,44 @@ def _lengths(ours: Ours, texts: list[str], cut: int) -> list[int]:
     return [len(ids) for ids in ours.tokenizer(texts, truncation=True, max_length=cut)["input_ids"]]
 
 
-def _passes(lengths: list[int]) -> Iterator[list[int]]:
+def _sorted(lengths: list[int]) -> int:
     order = torch.tensor(lengths).argsort(stable=True)
-    return (rows.tolist() for rows in encoding._like(order, sorted(lengths)))
+    return sum(len(rows) * max(lengths[i] for i in rows) for rows in encoding.passes(order, sorted(lengths)))
 
 
-def packed(ranker, batch: dict[str, Tensor], room: int) -> Tensor:
-    """Mean vectors of texts that share rows of `room` places."""
-    texts = encoding.texts(batch)
-    sizes = texts.lengths.numpy()
-    fit = Layout(sizes, best_fit(sizes, room), room)
-    tokens = texts.ids[texts.real].numpy()
-    ids, segments = fit.fill(range(fit.rows), tokens, 0, (tokens.dtype, tokens.dtype))
-    ids, segments = torch.from_numpy(ids), torch.from_numpy(segments)
-    hidden = ranker.encoder(**encoding.layout.inputs(ranker.encoder, {"input_ids": ids, "segment_ids": segments}))
-    owner = torch.from_numpy(fit.order).repeat_interleave(torch.from_numpy(fit.lengths))
-    sums = torch.zeros(len(sizes), ranker.width).index_add(0, owner, hidden.last_hidden_state[segments > 0])
-    return sums / texts.lengths[:, None]
+def by_length(encoder, texts: encoding.Texts) -> Tensor:
+    """Mean vectors of texts that go with others of their length."""
+
+    def some(rows: Tensor) -> Tensor:
+        given = texts.at(rows)
+        inputs = encoding.inputs(encoder, given.ids, given.real.long())
+        return encoding.mean(encoder(**inputs).last_hidden_state, given)
+
+    return encoding.in_order(texts.lengths, some)
+
+
+def together(encoder, texts: encoding.Texts) -> Tensor:
+    """Mean vectors of texts that share rows."""
+    return encoding.mean(encoding.packed(encoder, texts), texts)
 
 
 def layouts(directory: Path, repeats: int) -> list[list[str]]:
-    """CPU seconds of forward and backward over the texts of a step, by the layout of the passes."""
+    """Seconds of forward and backward over the passages of a step, by their layout and the places of a pass."""
     ours = Ours(directory)
-    _, passages, _ = _once(triples(NEGATIVES)[:TRIPLES])
-    batch = ours.texts(passages, KIND.passage_length)
-    forms: dict[str, Callable[[], Tensor]] = {
-        f"sorted, {places} places a pass": lambda places=places: _at(places, ours.ranker, batch) for places in PLACES
-    }
-    forms |= {f"packed, rows of {n}": lambda n=n: packed(ours.ranker, batch, n) for n in (200, 256, 512)}
-    expected = forms["sorted, 2048 places a pass"]()
-    for form in forms.values():
-        torch.testing.assert_close(form(), expected, atol=1e-4, rtol=1e-4)
+    texts = encoding.texts(ours.texts(_once(triples(NEGATIVES)[:TRIPLES])[1], KIND.passage_length))
+    forms = {f"{form.__name__} {places}": (form, places) for form in (by_length, together) for places in PLACES}
     spent: dict[str, list[tuple[float, ...]]] = {name: [] for name in forms}
+    expected = by_length(ours.ranker.encoder, texts)
     for _ in range(repeats):
-        for name, form in forms.items():
+        for name, (form, encoding.PLACES) in forms.items():
             since = _now()
-            form().square().mean().backward()
+            found = form(ours.ranker.encoder, texts)
+            found.square().mean().backward()
             spent[name].append(_spent(since))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     return [
         [name, *(f"{1000 * median(kind):.0f}" for kind in zip(*times, strict=True))] for name, times in spent.items()
     ]
-
-
-def _at(places: int, ranker, batch: dict[str, Tensor]) -> Tensor:
-    encoding.PLACES, before = places, encoding.PLACES
-    try:
-        return ranker.vectors(encoding.texts(batch))
-    finally:
-        encoding.PLACES = before
 
 
 def main() -> None:

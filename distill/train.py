@@ -268,7 +268,7 @@ class Stage:
         for batch in batches:
             asked = time.perf_counter()
             targets = self.targets(batch, active)
-            teaching += time.perf_counter() - asked
+            teaching += time.perf_counter() - asked if targets else 0.0
             terms = engine(batch, targets, active, part)
             weights = {key: active[key.split(".")[0]].weight.value for key in terms}
             engine.backward(sum(weights[key] * value / counts[key] for key, value in terms.items()))

@@ -18,7 +18,7 @@ from distill import layout
 from distill.corpus.packing import Layout, best_fit
 from growth.errors import UserError
 
-# Places of one pass through the encoder, padding counted: the first is measured (benchmarks/LOG.md), the second a guess
+# Places of a pass through the encoder, padding counted: the first is measured (benchmarks/LOG.md), the second a guess
 PLACES, PLACES_ON_A_GPU = 1024, 2**17
 
 

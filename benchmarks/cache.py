@@ -23,16 +23,16 @@ import transformers
 import yaml
 
 from distill import corpus, recipe
-from distill.cached import Cached
 from distill.context import Context
 from distill.corpus import store
 from distill.evaluate.machine import facts
-from distill.frozen import frozen
 from distill.lesson import Lesson
 from distill.objectives import Divergence
 from distill.refine.cache import Cache
 from distill.schedules import Progress, fixed
-from distill.targets import Online, Targets
+from distill.teachers.cached import Cached
+from distill.teachers.frozen import frozen
+from distill.teachers.targets import Online, Targets
 from growth.console import table
 from growth.files import write_json
 
@@ -172,7 +172,8 @@ def measured(shape: Shape, repeats: int, out: Path) -> dict:
     head = online.take(batches[0], [steps["online"].objectives["d"].needs()]).head
     log_p = head.whole().log_softmax(-1)
     return {
-        "shape": str(shape), **asdict(shape), "vocabulary": vocabulary, "tokens": int((batches[0]["segment_ids"] > 0).sum()),
+        "shape": str(shape), **asdict(shape), "vocabulary": vocabulary,
+        "tokens": int((batches[0]["segment_ids"] > 0).sum()),
         "parameters": {who: sum(p.numel() for p in m.parameters())
                        for who, m in (("teacher", online.models[0]), ("student", steps["online"].student))},
         "entropy": float(-(log_p.exp() * log_p).sum(-1).mean()),
@@ -204,7 +205,8 @@ def show(found: dict) -> None:
          f"{r['bytes_per_token'] or 0:.0f}", f"{r['written_in'] or 0:.1f}", f"{r['loss']:+.2e}", f"{r['gradient']:.2e}"]
         for name, r in found["rows"].items()
     ]  # fmt: skip
-    table(columns, lines, f"{found['shape']}; entropy {found['entropy']:.2f}, left out {found['left out by top-64']:.3f}")
+    left = f"left out {found['left out by top-64']:.3f}"
+    table(columns, lines, f"{found['shape']}; entropy {found['entropy']:.2f}, {left}")
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from distill import vocabularies
 from distill.corpus import tokens
 from distill.kinds import Stage
-from distill.spans import Writing
 from distill.specs import NewTokenizer
+from distill.teachers import vocabularies
+from distill.teachers.spans import Writing
 from growth.errors import UserError
 
 BROUGHT = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")

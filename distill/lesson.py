@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from distill import corpus, views, world
-from distill.alignment import Alignment
 from distill.corpus.masking import NONE
 from distill.hooks import Part, taking_part
 from distill.objectives.protocol import Objective, View
-from distill.retelling import retold
 from distill.schedules import Progress, fixed
 from distill.taps import Trace
-from distill.targets import Targets, traced
+from distill.teachers.alignment import Alignment
+from distill.teachers.retelling import retold
+from distill.teachers.targets import Targets, traced
 from growth.errors import UserError
 
 HELDOUT_ROWS = 256  # of a curve: a few thousand scored tokens, a standard error of some hundredths of a nat

@@ -21,7 +21,7 @@ from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, freeze_unreachab
 from distill.objectives import Objective
 from distill.preflight import micro_batch
 from distill.schedules import Progress, fixed
-from distill.targets import Targets, opened
+from distill.teachers.targets import Targets, opened
 from growth import console
 from growth.console import count
 from growth.errors import UserError

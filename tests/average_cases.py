@@ -17,7 +17,7 @@ from distill.lesson import Data, Lesson, freeze_unreachable
 from distill.models import freeze
 from distill.objectives import OBJECTIVES
 from distill.schedules import Progress, Schedule
-from distill.targets import Average, Online, Targets
+from distill.teachers.targets import Average, Online, Targets
 
 STAGE = int(sys.argv[1]) if __name__ == "__main__" else 0
 DECAY = Schedule(points=[[0, 0.5], [4, 0.9]])

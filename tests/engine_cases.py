@@ -19,7 +19,7 @@ from distill.engine import KEYS, Engine, NonFinite
 from distill.lesson import Data, Lesson, freeze_unreachable
 from distill.models import freeze
 from distill.objectives import OBJECTIVES
-from distill.targets import Online, Targets
+from distill.teachers.targets import Online, Targets
 from growth.errors import UserError
 
 STAGE = int(sys.argv[1]) if __name__ == "__main__" else 0

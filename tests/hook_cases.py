@@ -14,7 +14,7 @@ from distill.engine import KEYS, Engine
 from distill.hooks import Submodel
 from distill.lesson import Data, Heldout, Lesson, freeze_unreachable
 from distill.objectives import OBJECTIVES
-from distill.targets import Targets
+from distill.teachers.targets import Targets
 
 SEED, STEPS, HELD = 5, 6, 11  # this seed draws every depth
 PARTS = Submodel(depths=[2, 3, 4], train_top=2).parts()

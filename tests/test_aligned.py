@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from distill.alignment import Alignment
 from distill.corpus import tokens, vocabulary
 from distill.heads import Logits
 from distill.objectives.span import Aligned
@@ -26,8 +25,9 @@ from distill.objectives.span_sum import (
     log_likelihoods,
     shared_divergence,
 )
-from distill.spans import Tokens, Writing, shared, spans
 from distill.taps import trace
+from distill.teachers.alignment import Alignment
+from distill.teachers.spans import Tokens, Writing, shared, spans
 
 PROSE = ["The cat sat on the mat, and the other cats did not. ", "naïve café straße x = 12 \n"] * 9
 OTHER = ["日本語の文章 日本 naïveté cafés ½ ﬁne and the matter is other ", "🙂🙂 é e\u0301 the end. "] * 9

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from distill.kinds import TargetSpec
 from distill.lesson import Data, freeze_unreachable
 from distill.schedules import Progress, Schedule
-from distill.targets import Average
+from distill.teachers.targets import Average
 
 CELLS = [(0, 1), (1, 2), (2, 1), (3, 2)]  # ZeRO stage, ranks
 every_cell = pytest.mark.parametrize(

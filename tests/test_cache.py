@@ -17,23 +17,25 @@ import torch
 import yaml
 from test_divergence import CASES, VOCABULARY, draw, formula, gradient, heads, language_model, learned, learning
 
-from distill import cached, corpus, keys, layout, preflight, recipe, scores
-from distill.cached import Cached
+from distill import corpus, layout, preflight, recipe
 from distill.context import Context
 from distill.corpus import synthetic, vocabulary
-from distill.frozen import alignment, frozen
 from distill.heads import Logits
-from distill.kept import KEEPS, KeepHidden, KeepSampled, KeepTopK, settings
 from distill.lesson import Lesson
 from distill.objectives import Aligned, Divergence, divergence, token_sum
 from distill.objectives.sparse import Sampled, TopK
 from distill.refine import Cache
-from distill.retelling import retold
 from distill.schedules import Progress, fixed
-from distill.scores import Reader
-from distill.shards import Ragged
+from distill.scores import Reader, keys
+from distill.scores import store as scores
+from distill.scores.shards import Ragged
 from distill.taps import trace
-from distill.targets import Online, Targets
+from distill.teachers import cached
+from distill.teachers.cached import Cached
+from distill.teachers.frozen import alignment, frozen
+from distill.teachers.kept import KEEPS, KeepHidden, KeepSampled, KeepTopK, settings
+from distill.teachers.retelling import retold
+from distill.teachers.targets import Online, Targets
 from growth import files
 from growth.errors import UsageError, UserError
 

@@ -23,7 +23,7 @@ from distill.models import freeze
 from distill.objectives import Divergence, cross_entropy, divergence, divergences, token_sum
 from distill.objectives.distribution import Kind
 from distill.taps import trace
-from distill.targets import Online, Targets
+from distill.teachers.targets import Online, Targets
 from growth.errors import UserError
 
 ROWS, VOCABULARY, STUDENT, TEACHER = 11, 23, 5, 7

@@ -12,7 +12,7 @@ from distill import corpus, models, taps, views
 from distill.lesson import Lesson
 from distill.objectives import OBJECTIVES, HiddenMSE, hidden_mse
 from distill.objectives.hidden_sum import hidden_count, hidden_sum
-from distill.targets import Online, Targets
+from distill.teachers.targets import Online, Targets
 
 PACKED = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 0], [1] * 11, [2, 2, 1, 1, 3, 3, 0, 0, 4, 4, 5]])
 FORMS = [(position, reduction) for position in ("first", "mean", "all") for reduction in ("sum", "mean")]

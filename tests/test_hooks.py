@@ -22,7 +22,7 @@ from distill.hooks import Freeze, Part, Submodel
 from distill.lesson import Data, Lesson, freeze_unreachable
 from distill.objectives import OBJECTIVES
 from distill.taps import trace
-from distill.targets import Online, Targets
+from distill.teachers.targets import Online, Targets
 from growth.errors import UsageError, UserError
 
 HEADED = pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if tiny.head(family)])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distill import corpus, loading, scores, stages
+from distill import corpus, loading, stages
 from distill import recipe as recipes
 from distill.corpus import noise, tokens
 from distill.heads import Logits
@@ -31,6 +31,7 @@ from distill.refine.likelihood import likelier, log_probabilities
 from distill.refine.refinement import of_selection, refine
 from distill.refine.selection import Rule, Table, select
 from distill.report import refinement
+from distill.scores import store as scores
 from growth import files
 from growth.errors import UsageError, UserError
 

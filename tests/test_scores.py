@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import scores, shards, topk
-from distill.scores import About, Column, Ragged, Reader, Writer, pair_keys, row_keys
+from distill.scores import About, Column, Ragged, Reader, Writer, pair_keys, row_keys, shards
+from distill.scores import store as scores
+from distill.teachers import topk
 from growth import files, ranges
 from growth.errors import UserError
 

@@ -28,16 +28,16 @@ from test_divergence import (
 )
 
 from distill import preflight, recipe
-from distill.alignment import Alignment
 from distill.context import Context
 from distill.corpus import tokens, vocabulary
-from distill.frozen import alignment, insist_on_pieces
 from distill.heads import Logits, Mixture
 from distill.lesson import Data, Lesson
 from distill.models import freeze
 from distill.objectives import Aligned, CrossEntropy, Divergence, divergence, token_sum
 from distill.schedules import Progress, fixed
-from distill.targets import Ensemble, Online, Targets
+from distill.teachers.alignment import Alignment
+from distill.teachers.frozen import alignment, insist_on_pieces
+from distill.teachers.targets import Ensemble, Online, Targets
 from growth.errors import UserError
 
 # An ensemble as one distribution

@@ -10,8 +10,8 @@ import tiny
 import transformers
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from distill import vocabularies
 from distill.corpus import vocabulary
+from distill.teachers import vocabularies
 from growth.errors import UserError
 
 TEXTS = ["The cat sat on the mat, didn't it? ", "naïve café 日本語 🙂 straße ﬁne ½ x = f(1, 23) 12345678\n"] * 20

@@ -1,4 +1,4 @@
-"""Divergences of two language models over spans of the same text; see distill.alignment for where spans come from.
+"""Divergences of two language models over spans of the same text, which come from distill.teachers.alignment.
 
 Both models have read the same bytes where a span starts and where it ends. So the chain rule gives each of them the
 probability of the span, and the two may be compared, whatever tokens they used.

@@ -87,7 +87,7 @@ class Cache(DataOp):
             )
 
     def apply(self, src: Path, out: Path, context) -> dict[str, Any]:
-        from distill.caching import write
+        from distill.teachers.caching import write
 
         return write(self, src, out, context)
 

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from distill.corpus import Corpus
-from distill.keys import row_keys
 from distill.scores import Reader
+from distill.scores.keys import row_keys
 from growth import files
 from growth.errors import UserError
 

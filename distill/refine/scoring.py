@@ -17,11 +17,11 @@ import torch
 
 from distill import layout, loading, models, scores, sources, world
 from distill.corpus import Corpus, tokens
-from distill.keys import documents, row_keys
 from distill.reading import next_tokens, passes
 from distill.refine.likelihood import likelier, log_probabilities
 from distill.scores import About, Column, Writer
-from distill.spans import Writing
+from distill.scores.keys import documents, row_keys
+from distill.teachers.spans import Writing
 from growth import files
 from growth.console import bar, count
 from growth.errors import UserError

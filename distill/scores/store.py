@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from distill import shards
-from distill.keys import Index, pair_keys, row_keys
-from distill.shards import Column, Ragged
+from distill.scores import shards
+from distill.scores.keys import Index
+from distill.scores.shards import Column, Ragged
 from growth import files
 from growth.errors import UserError
-
-__all__ = ["About", "Column", "Ragged", "Reader", "Writer", "forecast", "pair_keys", "row_keys", "seal"]
 
 VERSION, MANIFEST = 1, "manifest.json"
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 60.0  # a shard is written when it has so much, or is so old

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from distill.alignment import Alignment
+from distill.teachers.alignment import Alignment
 
 
 def retold(batch: dict, alignments: Mapping[str, Alignment]) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill.shards import Column
+from distill.scores.shards import Column
 from growth.errors import UserError
 
 TOLERANCE = 2e-3  # of a sum of probabilities: float16 log-probabilities are off by a thousandth

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.spans import Writing, shared, spans
+from distill.teachers.spans import Writing, shared, spans
 
 NONE = -1  # no span
 

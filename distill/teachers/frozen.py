@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from distill import classifiers, layout, loading, models, vocabularies, world
-from distill.alignment import Alignment
+from distill import classifiers, layout, loading, models, world
 from distill.corpus import Corpus, tokens
+from distill.teachers import vocabularies
+from distill.teachers.alignment import Alignment
 from growth.errors import UserError
 
 

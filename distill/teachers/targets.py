@@ -10,15 +10,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distill import cached, models, views, world
-from distill.alignment import Alignment
-from distill.frozen import alignment, frozen, insist_on_pieces, precision
+from distill import models, views, world
 from distill.heads import Mixture
 from distill.objectives import scored
 from distill.objectives.protocol import Needs, Objective, View
-from distill.retelling import own_rows
 from distill.schedules import Progress, Schedule
 from distill.taps import Trace, trace
+from distill.teachers import cached
+from distill.teachers.alignment import Alignment
+from distill.teachers.frozen import alignment, frozen, insist_on_pieces, precision
+from distill.teachers.retelling import own_rows
 
 
 class Source(Protocol):

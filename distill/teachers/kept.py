@@ -16,12 +16,12 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from distill import topk
 from distill.heads import Logits
 from distill.objectives.sparse import Sampled, Spoken, TopK
 from distill.objectives.token_sum import strips
 from distill.refine.likelihood import log_probabilities
-from distill.shards import Column, Ragged
+from distill.scores.shards import Column, Ragged
+from distill.teachers import topk
 from growth import files
 from growth.errors import UserError
 

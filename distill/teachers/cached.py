@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from distill import corpus, world
-from distill.alignment import Alignment
 from distill.corpus.masking import NONE
-from distill.frozen import alignment
 from distill.heads import Logits
-from distill.kept import HEAD, KEEPS, Keep, KeepHidden
-from distill.keys import document_keys, documents
 from distill.objectives.protocol import Needs
 from distill.objectives.sparse import Sampled, Spoken, TopK
 from distill.objectives.token_sum import scored
 from distill.refine.cache import behind
 from distill.scores import Reader
+from distill.scores.keys import document_keys, documents
 from distill.sources import weights_of
 from distill.taps import Trace
+from distill.teachers.alignment import Alignment
+from distill.teachers.frozen import alignment
+from distill.teachers.kept import HEAD, KEEPS, Keep, KeepHidden
 from growth import files
 from growth.errors import UserError
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from distill import corpus, scores, world
-from distill.alignment import Alignment
-from distill.frozen import alignment, frozen, insist_on_pieces
 from distill.heads import Logits
-from distill.kept import HEAD, Keep, KeepHidden, KeepLikelihood, KeepSampled, KeepTopK, Values, settings
-from distill.keys import document_keys, documents
 from distill.reading import next_tokens, passes
 from distill.scores import About, Ragged, Writer
+from distill.scores.keys import document_keys, documents
 from distill.sources import weights_of
+from distill.teachers.alignment import Alignment
+from distill.teachers.frozen import alignment, frozen, insist_on_pieces
+from distill.teachers.kept import HEAD, Keep, KeepHidden, KeepLikelihood, KeepSampled, KeepTopK, Values, settings
 from growth import console, files
 
 PASSES = 8  # forward passes of a block: documents of similar length are found among so many

@@ -1,0 +1,1 @@
+"""Where teacher values come from, whose pieces they are about, and how they are kept."""

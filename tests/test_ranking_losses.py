@@ -79,7 +79,7 @@ def test_all_pairs_in_linear_time_are_all_pairs(drawn):
     close(ranking_sum.all_pairs_count(mask), len(pairs))
     close(all_pairs_margin_mse(student, teacher, mask, scale=3.0), expected / len(pairs))
     error = student - teacher  # methods: 2 N / (N - 1) x the biased variance
-    close(all_pairs_margin_mse(student, teacher), float(2 * N / (N - 1) * error.var(1, correction=0).mean()))
+    close(all_pairs_margin_mse(student, teacher), float(2 * N / (N - 1) * error.var(1, correction=0).mean().detach()))
 
 
 @pytest.mark.parametrize("temperature, squared", [(1.0, False), (2.5, True)])

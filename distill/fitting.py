@@ -60,7 +60,8 @@ class Text:
             if rows:
                 yield f"{name} brings no tokeniser, so nobody can say what its logits are of; put its files there"
         elif self.tokenizer is None:
-            yield f"corpora.{self.name}.tokenizer: a new one, but {name} has learned the ids of its own; name {name}"
+            works = f"name {name}" + (f"; or {vocabularies.WORKS}" if rows else "")
+            yield f"corpora.{self.name}.tokenizer: a new one, but {name} has learned the ids of its own; {works}"
         elif reason := self._differs(tokens.load(self.planned.context.model(theirs)), rows):
             yield f"corpora.{self.name}.tokenizer: {self.spec.tokenizer}'s, but {name} has learned other ids: {reason}"
 

@@ -422,7 +422,7 @@ def test_cross_entropy_in_the_pass_of_a_divergence_is_the_loss_beside_it(zero):
     assert relative(one["gradient"], results(0)["apart"]["s"]["gradient"]) <= 1e-6
     for joint, apart in zip(one["log"], two["log"], strict=True):
         total = sum(apart["weights"][key.split(".")[0]] * value for key, value in apart["terms"].items())
-        assert joint["terms"]["divergence.jsd"] == pytest.approx(total, rel=1e-6)
+        assert joint["terms"]["divergence.jsd and ce"] == pytest.approx(total, rel=1e-6)
 
 
 def test_teachers_of_a_phase_do_not_run_after_it():

@@ -77,7 +77,7 @@ class Divergence(Value):
     def count(self, batch) -> dict:
         rows, _ = self._scored(batch)
         number = len(rows) if self._by_row else self._each(batch, rows)[1]
-        return {self.kind: rows.new_tensor(number).double()}
+        return {self._sum: rows.new_tensor(number).double()}
 
     def terms(self, student, target, batch) -> dict:
         from distill.objectives.token_sum import divergence
@@ -96,7 +96,12 @@ class Divergence(Value):
             ce=self.ce,
             reduction="sum",
         )
-        return {self.kind: value}
+        return {self._sum: value}
+
+    @property
+    def _sum(self) -> str:
+        """What the number in the log is of."""
+        return f"{self.kind} and ce" if self.ce else self.kind
 
     def _scored(self, batch):
         from distill.objectives.token_sum import scored

@@ -227,14 +227,14 @@ def test_where_nothing_is_held_out_speed_is_measured_and_the_rest_refused_before
     spec = CorpusSpec(source=str(place / "texts.jsonl"), tokenizer="one", length=48, heldout=0.0)
     corpus.prepare(spec, place / "one", place / "corpora" / "whole")
     assert value(measure(place, ["speed"], {"one": "one"}, tmp_path, data="whole")["one"], "speed") > 0
-    context = SimpleNamespace(
-        recipe=SimpleNamespace(models={"one": None}), model=place.joinpath, corpus=lambda name: place / "corpora" / name
-    )
+    recipe = SimpleNamespace(models={"one": None}, corpora={"whole": spec})
+    context = SimpleNamespace(recipe=recipe, model=place.joinpath, corpus=lambda name: place / "corpora" / name)
     for metric in ("probe", "agreement", "kl", "heldout_loss"):
         spec = SimpleNamespace(rows={"teacher": "one", "a": "a.start"}, on=[metric], data="whole", teacher=None)
         with pytest.raises(UserError, match="set `heldout`"):
             evaluate.foresee(spec, context)
     evaluate.foresee(SimpleNamespace(rows={"teacher": "stage"}, on=["kl"], data="whole", teacher=None), context)
+    evaluate.foresee(SimpleNamespace(rows={"teacher": "one"}, on=["kl"], data="a stage", teacher=None), context)
 
 
 # Stages

@@ -92,11 +92,11 @@ def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
 
 
 def foresee(spec, context) -> None:
-    """Whatever makes a metric impossible, before anything is trained; silent where a stage makes the teacher."""
+    """Whatever makes a metric impossible, before anything is trained; silent where a stage makes teacher or text."""
     from distill.evaluate.bench import Bench, Subjects
 
     teacher = spec.teacher or _teacher(spec.rows)
-    if teacher and teacher not in context.recipe.models:
+    if (teacher and teacher not in context.recipe.models) or spec.data not in context.recipe.corpora:
         return
     subjects = Subjects(context.corpus(spec.data))
     bench = Bench(subjects.corpus, teacher and subjects.at(context.model(teacher)), spec.rows, context)

@@ -670,7 +670,7 @@ def test_what_it_can_serve_is_not_refused(place, context):
 
 def run(place, out, *more, fault="", shard=64 << 20):
     """The command, with small shards."""
-    code = f"import distill.scores as s; s.SHARD_BYTES = {shard}\nfrom distill.cli import main\nmain()"
+    code = f"import distill.scores.store as s; s.SHARD_BYTES = {shard}\nfrom distill.cli import main\nmain()"
     command = [sys.executable, "-W", "ignore", "-c", code, "run", "small.yaml", "--out", out, *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
@@ -692,4 +692,4 @@ def test_a_run_that_is_killed_while_it_caches_goes_on_and_two_ranks_write_what_o
     assert json.loads((place / "run/kept/stage.json").read_text())["metrics"]["cache"]["tokens"] == told["tokens"]
     entries = [json.loads(line) for line in (place / "run/student/log.jsonl").read_text().splitlines()]
     assert [entry["teacher_forwards"] for entry in entries] == [{"t": 0}] * STEPS
-    assert entries[0]["teacher_flops"] == 0 and entries[0]["terms"]["divergence.jsd"] > 0
+    assert entries[0]["teacher_flops"] == 0 and entries[0]["terms"]["divergence.jsd and ce"] > 0

@@ -31,6 +31,7 @@ from distill.refine.likelihood import likelier, log_probabilities
 from distill.refine.refinement import of_selection, refine
 from distill.refine.selection import Rule, Table, select
 from distill.report import refinement
+from distill.scores import row_keys
 from distill.scores import store as scores
 from growth import files
 from growth.errors import UsageError, UserError
@@ -127,7 +128,7 @@ def test_no_token_is_likelier_than_itself(monkeypatch):
 def test_a_row_is_the_sum_of_its_documents_alone(place, pool, name):
     """Against whole logits in float64, one document at a time: no token sees another document, none is scored twice."""
     model = loading.load(place / name, "causal", torch.float64)
-    found = scores.Reader(place / "scores" / name).rows(scores.row_keys(*pool.block(range(len(pool)))))
+    found = scores.Reader(place / "scores" / name).rows(row_keys(*pool.block(range(len(pool)))))
     for i in range(0, len(pool), 7):
         ids, segments = pool.row(i)
         losses = [loss for loss, *_ in brute(model, [ids[segments == n] for n in range(1, segments.max() + 1)])]
@@ -170,7 +171,7 @@ def test_half_precision_scores_nearly_the_same(place, pool, tmp_path):
 def test_another_tokeniser_reads_the_text_of_the_row(place, pool, tmp_path):
     """Bytes are those of the tokens that were predicted, so a first token without anything before it is left out."""
     scoring.score(pool, place / "foreign", tmp_path, forward=300)
-    found = scores.Reader(tmp_path).rows(scores.row_keys(*pool.block(range(len(pool)))))
+    found = scores.Reader(tmp_path).rows(row_keys(*pool.block(range(len(pool)))))
     model, tokenizer = loading.load(place / "foreign", "causal", torch.float64), plain_tokenizer()
     for i in range(0, len(pool), 7):
         documents = []
@@ -485,8 +486,8 @@ def test_a_mix_has_its_shares_and_no_row_twice(place, pool, tmp_path):
         gathered(pool, rows, tmp_path / name)
     rewriting.mix(tmp_path / "one", tmp_path / "mixed", {tmp_path / "two": 0.6})
     made = corpus.open(tmp_path / "mixed")
-    keys = [key.tobytes() for key in scores.row_keys(*made.block(range(len(made))))]
-    two = {key.tobytes() for key in scores.row_keys(*pool.block(range(30, 50)))}
+    keys = [key.tobytes() for key in row_keys(*made.block(range(len(made))))]
+    two = {key.tobytes() for key in row_keys(*pool.block(range(30, 50)))}
     assert len(keys) == len(set(keys)) == 33 and sum(key in two for key in keys) == 20  # all of the scarcer one
 
 

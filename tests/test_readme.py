@@ -10,13 +10,24 @@ from pathlib import Path
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+LOOP, DIVERGENCE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_loop_runs_and_its_loss_falls():
-    (loop,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     losses: list[float] = []
-    told = loop.replace("    loss.backward()\n", "    loss.backward()\n    losses.append(loss.item())\n")
-    assert told != loop
+    told = LOOP.replace("    loss.backward()\n", "    loss.backward()\n    losses.append(loss.item())\n")
+    assert told != LOOP
     exec(compile(told, "README.md", "exec"), {"losses": losses})
     assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
+
+
+def test_the_divergence_of_hidden_states_is_that_of_their_logits():
+    names: dict = {}
+    exec(compile(DIVERGENCE, "README.md", "exec"), names)
+    hidden, taught = names["hidden"], names["taught"]
+    logits = [names[head](x) for head, x in (("head", hidden), ("its_head", taught))]
+    plain = names["divergence"](*logits, "jsd", beta=0.5, temperature=2.0)
+    assert abs(float(plain.detach() - names["loss"].detach())) < 1e-6 and hidden.grad.abs().sum() > 0
 
 
 def test_the_commands_exist():

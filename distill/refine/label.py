@@ -1,6 +1,6 @@
 """A teacher says which class every row of text is of, and a student may learn from that alone. No torch.
 
-Pseudo-labels (Lee 2013); as teachers that label: IPTC news topics, TrueTeacher (shared by seeds of section 4.2).
+Pseudo-labels (Lee 2013). Hard ones: what the teacher is unsure of can be left out, by its probability.
 """
 
 from __future__ import annotations

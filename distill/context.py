@@ -109,6 +109,11 @@ class Context:
             raise UserError(f"{path} is not there; `--from {stage}` makes it again")
         return path
 
+    def dtype(self, reference: str) -> str:
+        """In which a model or stage that is not trained computes: its own in the recipe, or that of the run."""
+        known = self.recipe.models.get(reference)
+        return (known and known.dtype) or self.recipe.engine.dtype
+
     def metrics(self, stage: str) -> dict:
         """What a finished stage has measured."""
         return read_json(self.directory(stage) / MANIFEST)["metrics"]

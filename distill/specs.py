@@ -22,6 +22,11 @@ class EngineSpec(Value):
     micro_batch: Positive | None = Field(None, description="rows of one forward pass on one rank; null: all of a step")
     deepspeed: dict[str, Any] = Field({}, description="passed through to DeepSpeed's configuration")
 
+    @property
+    def dtype(self) -> str:
+        """Of forward passes, as torch calls it."""
+        return {"fp32": "float32", "bf16": "bfloat16"}[self.precision]
+
 
 class ModelSpec(Value):
     """Where weights come from: the first source at hand."""

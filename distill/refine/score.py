@@ -65,7 +65,7 @@ class Score(DataOp):
         text, told = corpus.open(src, "train"), {}
         for name, reference in self.models.items():
             told[name] = scoring.score(
-                text, context.model(reference), out / name, precision=_precision(reference, context),
+                text, context.model(reference), out / name, precision=context.dtype(reference),
                 k=(self.k or 10) if self.kind == "median_topk" else None, forward=self.tokens, label=f"score ({name})",
             )  # fmt: skip
         world.first(lambda: scored.describe(out, self.kind, self.per))
@@ -79,9 +79,3 @@ class Score(DataOp):
         if self.per == "token" and len(found) > 1:
             raise UserError("teacher and reference have different tokenisers, so their losses a token cannot be "
                             "compared; `per: byte` compares them")  # fmt: skip
-
-
-def _precision(reference: str, context) -> str:
-    """As teachers are loaded for training."""
-    known = context.recipe.models.get(reference)
-    return (known and known.dtype) or {"fp32": "float32", "bf16": "bfloat16"}[context.recipe.engine.precision]

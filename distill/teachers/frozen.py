@@ -19,9 +19,7 @@ def frozen(reference: str, head: str | None, context, classes: Sequence[str] | N
 
     A head that classifies has these classes, in this order.
     """
-    known = context.recipe.models.get(reference)
-    asked = known and known.dtype
-    path, dtype = context.model(reference), getattr(torch, asked) if asked else precision(context.recipe.engine)
+    path, dtype = context.model(reference), getattr(torch, context.dtype(reference))
     model = classifiers.load(path, classes, dtype) if head == "classify" else models.load(path, head, dtype)
     return models.freeze(model).to(world.device())
 
@@ -41,8 +39,3 @@ def alignment(reference: str, context, text: Corpus) -> Alignment:
     if tokens.digest(theirs) == tokens.digest(text.tokenizer):
         raise UserError(vocabularies.same(reference))
     return Alignment(text.tokenizer, theirs, layout.longest(loading.configuration(path)))
-
-
-def precision(engine) -> torch.dtype:
-    """That of forward passes."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[engine.precision]

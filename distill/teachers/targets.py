@@ -18,7 +18,7 @@ from distill.schedules import Progress, Schedule
 from distill.taps import Trace, trace
 from distill.teachers import cached
 from distill.teachers.alignment import Alignment
-from distill.teachers.frozen import alignment, frozen, insist_on_pieces, precision
+from distill.teachers.frozen import alignment, frozen, insist_on_pieces
 from distill.teachers.retelling import own_rows
 
 
@@ -120,7 +120,7 @@ def opened(name: str, stage) -> Source:
     own = any(need.own_ids for need in needs)
     vocabulary = stage.corpus.facts.vocabulary if head in ("mlm", "causal") and not own else None
     if spec.ema:
-        return Average(stage.student, spec.ema, precision(stage.context.recipe.engine), vocabulary)
+        return Average(stage.student, spec.ema, getattr(torch, stage.context.recipe.engine.dtype), vocabulary)
     members = [frozen(reference, head, stage.context, stage.classes) for reference in spec.models]
     if own:
         return Online(members[0], alignment=alignment(spec.models[0], stage.context, stage.corpus))

@@ -12,14 +12,29 @@ from growth.errors import UserError
 BLOCKS = 16  # of rows, left out in turn for the standard error
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of held-out rows that a checkpoint's classification head puts into their class."""
+class _OfClasses:
+    """What is measured of a checkpoint's own classes for held-out rows; `score` compares them with the right ones."""
 
-    title = "accuracy"
     better = "high"
     digits = 3
     quality = True
+
+    def check(self, bench) -> None:
+        if bench.heldout.classes is None:
+            raise UserError(f"{self.title} needs held-out rows with classes; set `label` of corpora.{bench.path.name}")
+        if not len(_rows(bench.heldout)):
+            raise UserError(f"{self.title}: no held-out row of {bench.path.name} is of a known class")
+
+    def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]:
+        for subject in subjects:
+            yield self.score(predicted(subject, bench), _truth(bench)) if _fits(subject, bench) else None
+
+
+@dataclass(frozen=True)
+class Accuracy(_OfClasses):
+    """Share of held-out rows that a checkpoint's classification head puts into their class."""
+
+    title = "accuracy"
 
     def note(self, bench) -> str:
         truth = _truth(bench)
@@ -30,13 +45,6 @@ class Accuracy:
             "classification head, or one for other classes"
         )
 
-    def check(self, bench) -> None:
-        _need_classes(self.title, bench)
-
-    def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]:
-        for subject in subjects:
-            yield self.score(predicted(subject, bench), _truth(bench)) if _fits(subject, bench) else None
-
     @staticmethod
     def score(found, truth) -> Score:
         share = (found == truth).double().mean().item()
@@ -44,25 +52,18 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class MacroF1:
+class MacroF1(_OfClasses):
     """Mean over the classes of F1, the harmonic mean of precision and recall: rare classes count as much as others."""
 
     title = "macro F1"
-    better = "high"
-    digits = 3
-    quality = True
 
     def note(self, bench) -> str:
         return "mean over classes of the harmonic mean of precision and recall, on the same rows as accuracy"
 
     def check(self, bench) -> None:
-        _need_classes(self.title, bench)
+        super().check(bench)
         if (n := len(_truth(bench))) < BLOCKS:
             raise UserError(f"macro_f1 needs {BLOCKS} held-out rows of a known class, {bench.path.name} has {n}")
-
-    def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]:
-        for subject in subjects:
-            yield self.score(predicted(subject, bench), _truth(bench)) if _fits(subject, bench) else None
 
     @staticmethod
     def score(found, truth) -> Score:
@@ -93,13 +94,6 @@ def predicted(subject, bench):
         model = models.freeze(classifiers.load(subject.path, bench.heldout.classes)).to(world.device())
         known[subject.key] = classifiers.over(model, bench.heldout, _rows(bench.heldout)).argmax(1)
     return known[subject.key]
-
-
-def _need_classes(metric: str, bench) -> None:
-    if bench.heldout.classes is None:
-        raise UserError(f"{metric} needs held-out rows with classes; set `label` of corpora.{bench.path.name}")
-    if not len(_rows(bench.heldout)):
-        raise UserError(f"{metric}: no held-out row of {bench.path.name} is of a known class")
 
 
 def _rows(heldout) -> list[int]:

@@ -1,4 +1,4 @@
-"""Whether a text and the models that read it fit: row length, vocabulary, the very same ids. Before data is read."""
+"""Whether a text and the models that read it fit: row length, vocabulary, the same ids, classes. Before data is read."""
 
 from __future__ import annotations
 
@@ -134,3 +134,25 @@ def _of_two(text: Text, place: str, who: str, tokenizer, facts) -> Iterator[str]
         yield f"{place}: {vocabularies.same(who)}"
     if facts.vocab < (ids := tokens.facts(tokenizer).vocabulary):
         yield f"{place}: the tokeniser of {who} has {ids} ids, the model knows {facts.vocab}"
+
+
+def of_classes(stage: Stage, recipe) -> Iterator[str]:
+    """Every reason why this training stage cannot classify."""
+    objectives = [objective for _, objective in stage.train.objectives()]
+    if not any(objective.needs().head == "classify" for objective in objectives):
+        return
+    name = stage.train.corpus
+    text = recipe.text(name)
+    if others := {head for o in objectives if (head := o.needs().head) not in (None, "classify")}:
+        yield f"loss: a student has one head, so objective classify and {others.pop()} are two stages"
+    if text.packed:
+        yield f"objective classify: a row has one class, so it takes one document; {_where(name, recipe)} packed: false"
+    if not text.label and any(o.needs().head == "classify" and not o.target for o in objectives):
+        yield (
+            f"objective classify: {name} has no classes; set `label` of the corpus, or have a teacher give them with "
+            "a data stage {label: {teacher: ...}}"
+        )
+
+
+def _where(name: str, recipe) -> str:
+    return f"corpora.{name} needs" if name in recipe.corpora else f"{name} is made from text that needs"

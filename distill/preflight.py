@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import growth
-from distill import fitting, growing, labels, world
+from distill import fitting, growing, world
 from distill.cost import Cost, cost_of
 from distill.kinds import CutSpec, OptimSpec, Stage, StudentSpec
 from distill.operators import Cut, Given
@@ -177,7 +177,7 @@ def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
     own = [*_of_batch(stage, planned, ranks), *_of_hooks(stage, student), *_of_curve(stage, planned)]
     own += [*_of_average(stage, planned), *_of_ensembles(stage)]
     rest = [*own, *fitting.of_training(stage, planned, student, teachers), *cache.misfits(stage, planned.recipe)]
-    rest += labels.of_training(stage, planned.recipe)
+    rest += fitting.of_classes(stage, planned.recipe)
     return [*losses, *(f"stages.{stage.id}.train: {what}" for what in rest)]
 
 

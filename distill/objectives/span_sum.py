@@ -89,11 +89,6 @@ def _likelihood_sum(student: Predicted, teacher: Predicted | Heard, both: Tensor
     return value.detach() + (learned - learned.detach())
 
 
-def log_likelihoods(side: Predicted | Heard, count: int) -> Tensor:
-    """log p of each span [count]."""
-    return _by_span(side.log_probs, side.spans, count)
-
-
 def _by_span(log_probs: Tensor, spans: Tensor, count: int) -> Tensor:
     """The chain rule adds up the tokens of each span [count]."""
     there = spans != NONE

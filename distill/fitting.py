@@ -1,4 +1,4 @@
-"""Whether a text and the models that read it fit: row length, vocabulary, the same ids, classes. Before data is read."""
+"""Whether a text and the models that read it fit: row length, vocabulary, ids, classes. Before data is read."""
 
 from __future__ import annotations
 

@@ -72,13 +72,13 @@ def _listed(classes: Sequence[str]) -> str:
 
 def _reordered(model: nn.Module, has: list[str], classes: list[str]) -> nn.Module:
     with torch.no_grad():
-        for p in _last(model).parameters():
+        for p in last_layer(model).parameters():
             p.copy_(p[[has.index(name) for name in classes]].clone())
     named(model.config, classes)
     return model
 
 
-def _last(model: nn.Module) -> nn.Linear:
+def last_layer(model: nn.Module) -> nn.Linear:
     """What makes the logits of the classes."""
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels][-1]
 
@@ -97,15 +97,15 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Logits:
         return Logits(model(**inputs, return_dict=True).logits)
     hidden = model.base_model(**inputs).last_hidden_state  # [B, T, D]
     last = (batch["segment_ids"] > 0).sum(1).clamp_min(1) - 1
-    return Logits(_alone(model)(hidden[torch.arange(len(last), device=last.device), last]))
+    return Logits(alone(model)(hidden[torch.arange(len(last), device=last.device), last]))
 
 
-def _alone(model: nn.Module) -> nn.Linear:
+def alone(model: nn.Module) -> nn.Linear:
     """The head of a decoder, which is one layer."""
     others = [m for m in model.children() if m is not model.base_model and any(True for _ in m.parameters())]
-    if others != [_last(model)]:
+    if others != [last_layer(model)]:
         raise UserError(f"{type(model).__name__}: the head of a decoder that classifies is more than one layer here")
-    return _last(model)
+    return last_layer(model)
 
 
 def over(model: nn.Module, corpus: Corpus, rows: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from distill import sources
 from distill.context import MANIFEST, Context, Task
 from distill.kinds import NO_INPUT
 from distill.references import references
-from growth.files import digest, read_json, sha256
+from growth.files import digest, read_json
 
 VERSIONED = ("distill-growth", "torch", "transformers", "deepspeed", "tokenizers")
 
@@ -54,9 +54,9 @@ def _made_from(kind: str, name: str, context: Context) -> dict[str, str]:
 
 def _identity(name: str, context: Context) -> str:
     """Of the weights and the config; weights that the recipe pins were compared already."""
-    path = context.model(name)
-    weights = context.recipe.models[name].sha256 or sources.weights_sha256(path)
-    return digest([weights, sha256(path / "config.json")])
+    spec = context.recipe.models[name]
+    found = sources.identity(context.model(name), spec.sha256)
+    return digest([found, spec.ranker.model_dump(mode="json")]) if spec.ranker else found
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

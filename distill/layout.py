@@ -7,6 +7,7 @@ how, is the table; tests/test_layout.py proves each row of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,16 @@ def inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     if bool((segments > 1).any()):
         return known | _packed(layout, model, segments)
     return known | {"attention_mask": (segments > 0).long()}
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """One document a row, padded on the right with token 0, which nothing sees."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    segments = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        segments[i, : len(row)] = 1
+    return {"input_ids": ids, "segment_ids": segments}
 
 
 def positions(segments: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import growth
-from distill import fitting, growing, world
+from distill import fitting, growing, sources, world
 from distill.cost import Cost, cost_of
 from distill.kinds import CutSpec, OptimSpec, Stage, StudentSpec
 from distill.operators import Cut, Given
@@ -38,7 +38,7 @@ class Planned:
     def config(self, reference: str) -> dict[str, Any]:
         """config.json of a model, or as a stage will write it."""
         if reference in self.recipe.models:
-            return files.read_json(self.context.model(reference) / "config.json")
+            return files.read_json(sources.encoder(self.context.model(reference)) / "config.json")
         stage = self.recipe.stage(reference.partition(".")[0])
         return self.grown(stage.grow).config.to_dict() if stage.grow else self._with_head(stage.train)
 
@@ -74,7 +74,7 @@ class Planned:
         from distill import loading
 
         if reference in self.recipe.models:
-            dissect(growth.open(self.context.model(reference)))
+            dissect(growth.open(sources.encoder(self.context.model(reference))))
         config = loading.configuration(self.config(reference))
         return loading.skeleton(loading.architecture(config) or loading.class_of(config, None), config, {})
 
@@ -130,7 +130,7 @@ def _examine(recipe: Recipe, context) -> None:
 
     for name in recipe.models:
         try:
-            loading.examine(context.model(name))
+            loading.examine(sources.encoder(context.model(name)))
         except UserError as error:
             raise UserError(f"model {name}: {error}") from error
 

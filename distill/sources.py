@@ -7,6 +7,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from distill.ranking.kinds import ABOUT, ENCODER
 from growth import files
 from growth.errors import UserError
 
@@ -30,14 +31,31 @@ def resolve(spec, name: str) -> Path:
 
 def weights_sha256(path: Path) -> str:
     """Of the one weights file; of several, the sha256 over the lines `<sha256>  <name>` in the order of names."""
-    single = Path(path) / "model.safetensors"
+    path = Path(path)
+    single = path / "model.safetensors"
     if single.exists():
         return files.sha256(single)
-    weights = sorted(Path(path).glob("*.safetensors"))
+    weights = sorted({*path.glob("*.safetensors"), *encoder(path).glob("*.safetensors")})
     if not weights:
         raise UserError(f"{path} has no *.safetensors file")
-    lines = "".join(f"{files.sha256(w)}  {w.name}\n" for w in weights)
+    lines = "".join(f"{files.sha256(w)}  {w.relative_to(path).as_posix()}\n" for w in weights)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def scores_pairs(path: Path) -> bool:
+    """Whether it is the directory of a ranker."""
+    return (Path(path) / ABOUT).is_file()
+
+
+def encoder(path: Path) -> Path:
+    """The directory that transformers reads: that of a ranker's encoder, any other itself."""
+    return Path(path) / ENCODER if scores_pairs(path) else Path(path)
+
+
+def identity(path: Path, weights: str | None = None) -> str:
+    """Of the weights and of what says how they compute; `weights`: their sha256, where it is known."""
+    about = [files.sha256(Path(path) / ABOUT)] if scores_pairs(path) else []
+    return files.digest([weights or weights_sha256(path), files.sha256(encoder(path) / "config.json"), *about])
 
 
 def weights_of(reference: str, context) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from distill import mistakes
+from distill.choice import one_of
+from distill.ranking.kinds import FOUND, KINDS, RankerKind
 from distill.schedules import Several, Value
 
 Name = Annotated[str, Field(pattern=mistakes.NAME)]
@@ -28,6 +30,23 @@ class EngineSpec(Value):
         return {"fp32": "float32", "bf16": "bfloat16"}[self.precision]
 
 
+class RankerSpec(one_of("Kind", KINDS)):
+    """How an encoder scores a query and a passage."""
+
+    @property
+    def kind(self) -> RankerKind:
+        return self.named()[1]
+
+    @model_validator(mode="after")
+    def _check_found(self) -> RankerSpec:
+        name, kind = self.named()
+        found = next((key for key in FOUND if key in type(kind).model_fields and getattr(kind, key) !=
+                      type(kind).model_fields[key].default), None)  # fmt: skip
+        if found:
+            raise ValueError(f"{name}.{found}: leave it out, it is found from the tokenizer")
+        return self
+
+
 class ModelSpec(Value):
     """Where weights come from: the first source at hand."""
 
@@ -37,6 +56,9 @@ class ModelSpec(Value):
     revision: str | None = Field(None, description="of a hub repository: branch, tag or commit")
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="to load in; null: as the run asks")
     sha256: Annotated[str, Field(pattern=mistakes.SHA256)] | None = Field(None, description="of the weights")
+    ranker: RankerSpec | None = Field(
+        None, description="how a plain encoder scores pairs; null for one that says so itself, or that never does"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -33,17 +33,7 @@ def _groups(order: list[int], ids: list[list[int]], tokens: int) -> list[list[in
 
 
 def _pooled(model: nn.Module, rows: list[list[int]]) -> Tensor:
-    batch = {key: value.to(model.device) for key, value in padded(rows).items()}
+    batch = {key: value.to(model.device) for key, value in layout.padded(rows).items()}
     hidden = model(**layout.inputs(model, batch)).last_hidden_state.float()  # [B, T, D]
     real = batch["segment_ids"][:, :, None] > 0
     return (hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp_min(1)).cpu()
-
-
-def padded(rows: list[list[int]]) -> dict[str, Tensor]:
-    """One document a row, padded on the right with token 0, which nothing sees."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    segments = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        segments[i, : len(row)] = 1
-    return {"input_ids": ids, "segment_ids": segments}

@@ -14,7 +14,6 @@ from distill.ranking.colbert import ColBERT
 from distill.ranking.cross import CrossEncoder
 from distill.ranking.dual import DualEncoder
 from distill.ranking.encoding import first
-from distill.ranking.kinds import CrossKind, RankerKind
 from distill.ranking.ranker import Ranker
 from growth import files
 from growth.errors import UserError
@@ -45,7 +44,7 @@ def export_sentence_transformers(
         for file in models.save(ranker.encoder, temporary / "encoder", carry=tokenizer).iterdir():
             file.rename(temporary / file.name)
         (temporary / "encoder").rmdir()
-        _cut_at(temporary / "tokenizer_config.json", _longest(ranker.kind))
+        _cut_at(temporary / "tokenizer_config.json", ranker.kind.longest)
         written = [_written(temporary, number, *part) for number, part in enumerate(parts, 1)]
         transformer = {"idx": 0, "name": "0", "path": "", "type": TRANSFORMER}
         files.write_json(temporary / "modules.json", [transformer, *written])
@@ -108,13 +107,6 @@ def _about(ranker: Ranker, model_type: str) -> dict[str, Any]:
     if model_type == "CrossEncoder":
         return about | {"activation_fn": IDENTITY}  # a score, not a probability
     return about | {"similarity_fn_name": ranker.kind.similarity if model_type == "SentenceTransformer" else "maxsim"}
-
-
-def _longest(kind: RankerKind) -> int:
-    """Tokens of a text, of a pair where texts are read in pairs."""
-    if isinstance(kind, CrossKind):
-        return kind.query_length + len(kind.join.between) + kind.passage_length - kind.join.skip
-    return max(kind.query_length, kind.passage_length)
 
 
 def _cut_at(config: Path, length: int) -> None:

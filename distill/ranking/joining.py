@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.ranking.encoding import Texts, flush
-from distill.ranking.kinds import Join
+from distill.ranking.kinds import ClassifierKind, ColBERTKind, CrossKind, Join, RankerKind
 from growth.errors import UserError
 
 
@@ -21,6 +21,17 @@ def join_of(tokenizer) -> Join:
         raise UserError("this tokenizer joins two texts in a way of its own; a Join must be given")
     end = len(rest) - len(passage) + skip
     return Join(between=tuple(rest[:end]), skip=skip, typed=types is not None and types[-1] == 1)
+
+
+def fitted(kind: RankerKind, tokenizer) -> RankerKind:
+    """With what only the tokenizer knows: how two texts become one, the id of [MASK]."""
+    if isinstance(kind, CrossKind | ClassifierKind):
+        return kind.model_copy(update={"join": join_of(tokenizer)})
+    if isinstance(kind, ColBERTKind) and kind.masks:
+        if tokenizer.mask_token_id is None:
+            raise UserError(f"masks: {kind.masks} in queries, and this tokenizer has no mask token; leave them out")
+        return kind.model_copy(update={"mask_token": tokenizer.mask_token_id})
+    return kind
 
 
 def joined(queries: Texts, passages: Texts, pairs: Tensor, join: Join) -> Texts:

@@ -12,6 +12,7 @@ from distill.schedules import Several, Value
 from growth.errors import UserError, did_you_mean
 
 VERSION = 1
+ENCODER, HEAD, ABOUT = "encoder", "head.safetensors", "ranker.json"  # of a ranker's directory
 Count = Annotated[int, Field(ge=1)]
 Similarity = Literal["dot", "cosine"]
 
@@ -34,11 +35,26 @@ class _Lengths(Value):
     def lengths(self) -> tuple[int, int]:
         return self.query_length, self.passage_length
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that the encoder is shown."""
+        return max(self.lengths)
 
-class CrossKind(_Lengths):
+
+class _Joined(_Lengths):
+    join: Join = Join()
+
+    @property
+    def longest(self) -> int:
+        return self.query_length + len(self.join.between) + self.passage_length - self.join.skip
+
+
+class CrossKind(_Joined):
     """BERT_CAT: a linear score of query and passage read as one text."""
 
-    join: Join = Join()
+
+class ClassifierKind(_Joined):
+    """A cross-encoder as most are published: the classification head of transformers, of one label."""
 
 
 class DualKind(_Lengths):
@@ -60,11 +76,19 @@ class ColBERTKind(_Lengths):
     masks: Annotated[int, Field(ge=0)] = 0
     mask_token: int | None = None
 
+    @property
+    def longest(self) -> int:
+        return max(self.query_length + self.masks, self.passage_length)
+
 
 class PreTTKind(_Lengths):
     """The first `apart` layers read query and passage apart, the others read them as one text."""
 
     apart: Count = 3
+
+    @property
+    def longest(self) -> int:
+        return self.query_length + self.passage_length
 
 
 class TKKind(_Lengths):
@@ -74,7 +98,7 @@ class TKKind(_Lengths):
     width: Annotated[float, Field(gt=0)] = 0.1
 
 
-RankerKind = CrossKind | DualKind | ColBERTKind | PreTTKind | TKKind
+RankerKind = CrossKind | ClassifierKind | DualKind | ColBERTKind | PreTTKind | TKKind
 KINDS: dict[str, type[RankerKind]] = {
     "cross_encoder": CrossKind,
     "dual_encoder": DualKind,
@@ -82,11 +106,13 @@ KINDS: dict[str, type[RankerKind]] = {
     "prett": PreTTKind,
     "tk": TKKind,
 }
+KNOWN = KINDS | {"classifier": ClassifierKind}  # which nothing but a checkpoint with such a head can be
+FOUND = ("join", "mask_token")  # from a tokenizer, never said by a recipe
 
 
 def written(kind: RankerKind) -> dict[str, Any]:
     """As ranker.json has it."""
-    name = next(name for name, known in KINDS.items() if type(kind) is known)
+    name = next(name for name, known in KNOWN.items() if type(kind) is known)
     return {"version": VERSION, "kind": name, **kind.model_dump(mode="json")}
 
 
@@ -95,11 +121,11 @@ def read(content: Any, where: Path | str) -> RankerKind:
     if not isinstance(content, Mapping) or content.get("version") != VERSION:
         raise UserError(f"{where}: a ranker of version {VERSION} is expected")
     name = content.get("kind")
-    if name not in KINDS:
-        raise UserError(f"{where}: no kind {name!r}{did_you_mean(str(name), KINDS)}; there are {', '.join(KINDS)}")
+    if name not in KNOWN:
+        raise UserError(f"{where}: no kind {name!r}{did_you_mean(str(name), KNOWN)}; there are {', '.join(KNOWN)}")
     fields = {key: value for key, value in content.items() if key not in ("version", "kind")}
     try:
-        return KINDS[name].model_validate(fields)
+        return KNOWN[name].model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -10,10 +10,10 @@ from torch import nn
 from distill import loading, models
 from distill.ranking import kinds
 from distill.ranking.colbert import ColBERT
-from distill.ranking.cross import CrossEncoder
+from distill.ranking.cross import Classifier, CrossEncoder
 from distill.ranking.dual import DualEncoder
 from distill.ranking.kernels import TK
-from distill.ranking.kinds import RankerKind
+from distill.ranking.kinds import ABOUT, ENCODER, HEAD, ClassifierKind, RankerKind
 from distill.ranking.prett import PreTT
 from distill.ranking.ranker import Ranker
 from growth import files, ranges
@@ -21,9 +21,9 @@ from growth.checkpoint import Checkpoint, refuse_not_finite
 from growth.errors import UserError
 from growth.shards import write_file
 
-ENCODER, HEAD, ABOUT = "encoder", "head.safetensors", "ranker.json"
 MODULES: dict[type[RankerKind], type[Ranker]] = {
     kinds.CrossKind: CrossEncoder,
+    kinds.ClassifierKind: Classifier,
     kinds.DualKind: DualEncoder,
     kinds.ColBERTKind: ColBERT,
     kinds.PreTTKind: PreTT,
@@ -51,7 +51,8 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Ranker:
     """The ranker of a directory that is not trusted, in eval mode; every weight is there, of its shape and finite."""
     directory = Path(directory)
     kind = kinds.read(files.read_json(directory / ABOUT), directory / ABOUT)
-    ranker = build(kind, loading.load(directory / ENCODER, dtype=dtype))
+    head = "classify" if isinstance(kind, ClassifierKind) else None
+    ranker = build(kind, loading.load(directory / ENCODER, head, dtype))
     if expected := ranker.head():
         _fill(ranker, expected, directory)
     return ranker

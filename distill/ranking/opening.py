@@ -1,0 +1,181 @@
+"""What scores a query and a passage, opened by the name that a recipe has for it. The one way to do so.
+
+A name stands for the directory of a ranker (a stage's, or one with `ranker.json`), for a published cross-encoder (a
+`...ForSequenceClassification` of one label), or for an encoder that needs no head, with `ranker:` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill import layout, loading, models, sources, world
+from distill.corpus import tokens
+from distill.ranking import kinds, rankers
+from distill.ranking.joining import fitted
+from distill.ranking.kinds import ABOUT, ClassifierKind, CrossKind, DualKind, RankerKind
+from distill.ranking.ranker import Ranker
+from growth import files
+from growth.checkpoint import open as open_checkpoint
+from growth.errors import UserError
+
+PAIRS = 256  # whose texts are read at once
+Pair = tuple[str, str]  # a query and a passage
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a directory is as a ranker, before a weight is read."""
+
+    path: Path
+    kind: RankerKind
+
+    @property
+    def encoder(self) -> Path:
+        """A directory of transformers, with the tokenizer."""
+        return sources.encoder(self.path)
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A ranker in eval mode, without gradients, on this rank's device; what it reads with; who it is."""
+
+    ranker: Ranker
+    tokenizer: object
+    model_digest: str  # of its weights, and of what says how they compute
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        return tokens.digest(self.tokenizer)
+
+    @property
+    def about(self) -> dict:
+        """As the producer of scores that are kept."""
+        return {
+            "model_digest": self.model_digest,
+            "tokenizer_digest": self.tokenizer_digest,
+            "lengths": list(self.ranker.kind.lengths),
+            "dtype": str(self.ranker.encoder.dtype).removeprefix("torch."),
+            "activation": "none",
+        }
+
+    def queries(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """{input_ids, segment_ids} [N, T] on its device, cut at its length."""
+        return self._read(texts, self.ranker.kind.query_length)
+
+    def passages(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return self._read(texts, self.ranker.kind.passage_length)
+
+    def _read(self, texts: Sequence[str], length: int) -> dict[str, Tensor]:
+        batch = layout.padded(token_ids(self.tokenizer, texts, length))
+        return {name: x.to(self.ranker.encoder.device) for name, x in batch.items()}
+
+    @torch.inference_mode()
+    def scores(self, pairs: Sequence[Pair]) -> Tensor:
+        """[P] float32 on the CPU; every text of `PAIRS` pairs is encoded once. What else is scored changes nothing."""
+        found = [self._of_some(pairs[start : start + PAIRS]) for start in range(0, len(pairs), PAIRS)]
+        return torch.cat(found).float().cpu() if found else torch.zeros(0)
+
+    def _of_some(self, pairs: Sequence[Pair]) -> Tensor:
+        queries, passages = (
+            {text: i for i, text in enumerate(dict.fromkeys(side))} for side in zip(*pairs, strict=True)
+        )
+        rows = torch.tensor([[queries[q], passages[p]] for q, p in pairs], device=self.ranker.encoder.device)
+        return self.ranker(self.queries(list(queries)), self.passages(list(passages)), rows)
+
+
+def token_ids(tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
+    """Ids with special tokens, at most so many; a `[SEP]` that stands in a text is text."""
+    return tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=length,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def opened(context, reference: str) -> Opened:
+    """A model or stage of a run by its name, in the precision that it computes in."""
+    spec = context.recipe.models.get(reference)
+    given = spec.ranker.kind if spec and spec.ranker else None
+    dtype = getattr(torch, context.dtype(reference))
+    return open_at(form(context.model(reference), given, reference), dtype)
+
+
+def open_at(found: Form, dtype: torch.dtype = torch.float32) -> Opened:
+    ranker = models.freeze(_loaded(found, dtype)).to(world.device())
+    digest = files.digest([sources.identity(found.path), kinds.written(found.kind)])
+    return Opened(ranker, tokens.load(found.encoder), digest)
+
+
+def _loaded(found: Form, dtype: torch.dtype) -> Ranker:
+    if sources.scores_pairs(found.path):
+        return rankers.load(found.path, dtype)
+    head = "classify" if isinstance(found.kind, ClassifierKind) else None
+    return rankers.build(found.kind, loading.load(found.path, head, dtype))
+
+
+def form(path: Path, given: RankerKind | None = None, name: str | None = None) -> Form:
+    """What a directory is as a ranker, or why it is none, without reading a weight. `given`: its `ranker:`."""
+    path, name = Path(path), name or str(path)
+    kind = _kind(path, given, name)
+    found = Form(path, kind)
+    longest = layout.longest(loading.configuration(found.encoder))
+    if longest is not None and kind.longest > longest:
+        raise UserError(
+            f"{name}: query_length {kind.query_length} and passage_length {kind.passage_length} make texts of "
+            f"{kind.longest} tokens, and its encoder reads {longest}"
+        )
+    return found
+
+
+def _kind(path: Path, given: RankerKind | None, name: str) -> RankerKind:
+    if sources.scores_pairs(path):
+        if given:
+            raise UserError(f"{name}: {path / ABOUT} says how it scores; leave `ranker` out")
+        return kinds.read(files.read_json(path / ABOUT), path / ABOUT)
+    config = loading.configuration(path)
+    if loading.own_head(config) == "classify":
+        kind = _of_classifier(path, config, given, name)
+    elif isinstance(given, DualKind) and not given.dims:
+        kind = given
+    elif given:
+        raise UserError(_untrained(name, given))
+    else:
+        raise UserError(
+            f"{name} is an encoder that does not say how it scores; set `ranker` of the model, such as "
+            "{dual_encoder: {pooling: mean, similarity: cosine}}"
+        )
+    return fitted(kind, tokens.load(path))
+
+
+def _of_classifier(path: Path, config, given: RankerKind | None, name: str) -> ClassifierKind:
+    if config.num_labels != 1:
+        raise UserError(
+            f"{name}: its head tells {config.num_labels} classes apart; what scores pairs has a head of one label"
+        )
+    if given and not isinstance(given, CrossKind):
+        raise UserError(f"{name} has a head that scores pairs, so it is a cross_encoder and nothing else")
+    build, there = loading.class_of(config, "classify"), open_checkpoint(path)
+    wanted = loading.skeleton(build, config, {})
+    own = {n for n in wanted.state_dict() if loading.inside(n, wanted) == n}  # outside its base model
+    if lacking := sorted(own - there.keys()):
+        raise UserError(f"{path} lacks {', '.join(lacking)}, of the head that its config.json says it has")
+    lengths = given and {"query_length": given.query_length, "passage_length": given.passage_length}
+    return ClassifierKind(**lengths or {})
+
+
+def _untrained(name: str, given: RankerKind) -> str:
+    kind = kinds.written(given)["kind"] + (" with dims" if isinstance(given, DualKind) else "")
+    return (
+        f"{name} is an encoder, and a {kind} scores with a layer of its own, which it lacks: train one "
+        f"(`student: {{from: {name}, ranker: ...}}`) and name that stage"
+    )

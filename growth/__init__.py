@@ -9,6 +9,7 @@ from growth.merge import merge
 from growth.moments import moments
 from growth.operate import Output
 from growth.plan import plan
+from growth.sparsity import densify, sparsify
 from growth.undo import undo
 from growth.upcycle import upcycle
 from growth.verify import verify
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpoint",
     "Output",
     "cut",
+    "densify",
     "insert",
     "inspect",
     "learn",
@@ -26,6 +28,7 @@ __all__ = [
     "moments",
     "open",
     "plan",
+    "sparsify",
     "stack",
     "undo",
     "upcycle",

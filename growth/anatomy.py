@@ -35,7 +35,13 @@ class Anatomy:
         """Tensors that are not stored because they are another one."""
         stored = {slot.name for slot in self.places}
         slots = self.family.slots(self.config, self.prefix)
-        return {head: source for head, source in _shared(self).items() if head not in stored and self._has(slots[head])}
+        return {head: source for head, source in self.shared.items() if head not in stored and self._has(slots[head])}
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Tensors that are another one, by the config: stored once, as a rule."""
+        ties = self.family.view(self.config).holds(self.family.ties)
+        return _tied(self.family, self.prefix) if ties else {}
 
     @property
     def tied_head(self) -> bool:
@@ -72,17 +78,9 @@ def dissect(checkpoint) -> Anatomy:
 def once(checkpoint, anatomy: Anatomy) -> Anatomy:
     """Without tensors that are stored although they are tied and no different: else both would change apart."""
     stored = {slot.name: name for slot, name in anatomy.places.items()}
-    pairs = {
-        stored[head]: stored[source] for head, source in _shared(anatomy).items() if {head, source} <= stored.keys()
-    }
+    pairs = {stored[head]: stored[source] for head, source in anatomy.shared.items() if {head, source} <= stored.keys()}
     twins = {head for head, source in pairs.items() if _equal(checkpoint, head, source)}
     return replace(anatomy, places={slot: name for slot, name in anatomy.places.items() if name not in twins})
-
-
-def _shared(anatomy: Anatomy) -> dict[str, str]:
-    """Tensors that are another one, by the config: stored once, as a rule."""
-    ties = anatomy.family.view(anatomy.config).holds(anatomy.family.ties)
-    return _tied(anatomy.family, anatomy.prefix) if ties else {}
 
 
 def _equal(checkpoint, one: str, other: str) -> bool:

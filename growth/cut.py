@@ -11,8 +11,9 @@ from growth.anatomy import dissect
 from growth.depth import checked, depth_facts, evenly
 from growth.errors import UsageError, UserError
 from growth.maps import Layers
+from growth.masks import masks_of
 from growth.operate import PLAIN, Output, Result, Staged, delivered, opened
-from growth.reindex import reindex, units_stream
+from growth.reindex import followed, reindex, units_stream
 
 Chosen = int | Sequence[int]
 
@@ -72,7 +73,8 @@ def _cut_layers(result: Result, checkpoint: Any, layers: Chosen) -> Result:
     anatomy = dissect(checkpoint)
     maps = {axis: Layers.of(kept(layers, anatomy.sizes[axis])) for axis in anatomy.family.depth}
     config, stream = reindex(checkpoint, anatomy, maps)
-    return replace(result, config=config, pieces=stream, facts=depth_facts(anatomy, maps))
+    masks = followed(anatomy, config, maps, masks_of(checkpoint, anatomy))
+    return replace(result, config=config, pieces=stream, facts=depth_facts(anatomy, maps), masks=masks)
 
 
 def _cut_units(result: Result, staged: Staged, asked: Mapping[str, Chosen]) -> Result:
@@ -86,4 +88,5 @@ def _cut_units(result: Result, staged: Staged, asked: Mapping[str, Chosen]) -> R
         *(result,),
         **dict(config=config, pieces=units_stream(staged, anatomy, axes), carry=carry),
         facts={"maps": maps, "new": result.facts["new"], "preserves": "no"},
+        masks=None,
     )

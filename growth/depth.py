@@ -11,8 +11,9 @@ from growth import families
 from growth.anatomy import Anatomy, dissect
 from growth.errors import UsageError, UserError
 from growth.maps import Layers
+from growth.masks import masks_of
 from growth.operate import PLAIN, Output, Result, delivered, in_memory, opened, seen
-from growth.reindex import reindex
+from growth.reindex import followed, reindex
 
 HOW = ("copy", "zero", "random")
 MOST = 10_000  # layers; the deepest models have some hundreds
@@ -165,7 +166,9 @@ def transform(
     anatomy = dissect(checkpoint)
     maps = {axis: layers(anatomy.sizes[axis]) for axis in anatomy.family.depth}
     config, stream = reindex(checkpoint, anatomy, maps)
-    return delivered(Result(operator, arguments, config, stream, depth_facts(anatomy, maps)), dst, output, checkpoint)
+    masks = followed(anatomy, config, maps, masks_of(checkpoint, anatomy))
+    result = Result(operator, arguments, config, stream, depth_facts(anatomy, maps), masks=masks)
+    return delivered(result, dst, output, checkpoint)
 
 
 def depth_facts(anatomy: Anatomy, maps: Mapping[str, Layers]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from growth.bits import FILE, Mask
 from growth.checkpoint import Checkpoint, open
-from growth.errors import UsageError
+from growth.errors import UsageError, UserError
 from growth.files import ensure_space
+from growth.masks import is_sparse
 from growth.pieces import Piece, made
 from growth.writer import guard, lineage, write
 
@@ -63,6 +65,7 @@ class Result:
     pieces: Iterable[tuple[str, Piece]]
     facts: Mapping[str, Any]  # maps, new, preserves
     carry: bool = True  # whether the tokenizer of the source still fits
+    masks: Mapping[str, Mask] | None = None  # of its weights; None: the operator does not know any
 
 
 class Staged(Mapping[str, Piece]):
@@ -90,18 +93,28 @@ class Staged(Mapping[str, Piece]):
 
 def delivered(result: Result, dst: str | Path | None, output: Output, *sources: Checkpoint):
     """The result as a directory, or as a model of its own with the lineage in `model.growth`."""
+    _refuse_lost_masks(result, sources)
     story = lineage(result.operator, result.arguments, sources, **result.facts)
-    pieces = list(result.pieces)
+    pieces, masks = list(result.pieces), dict(result.masks or {})
     if dst is None:
         model = sources[0].rebuilt(result.config, pieces, _kind(result.config, sources[0]))
         model.growth = story
+        model.masks = masks if model.device.type == "meta" else {name: mask.settled() for name, mask in masks.items()}
         return model
     ensure_space(Path(dst), sum(piece.nbytes for _, piece in pieces), f"{result.operator} into {dst}")
     carry = sources[0].path if result.carry else None
     return write(
         *(dst, result.config, pieces),
-        **dict(shard_size=output.shard_size, lineage=story, carry=carry, overwrite=output.overwrite),
+        **dict(shard_size=output.shard_size, lineage=story, carry=carry, overwrite=output.overwrite, masks=masks),
     )
+
+
+def _refuse_lost_masks(result: Result, sources: Iterable[Any]) -> None:
+    sparse = next((source.path for source in sources if is_sparse(source)), None)
+    if sparse is not None and result.masks is None:
+        raise UserError(
+            f"{sparse} is sparse, and its masks do not fit what {result.operator} makes: `growth densify` drops {FILE}"
+        )
 
 
 def _kind(config: Mapping[str, Any], source: Any) -> type | None:

@@ -43,6 +43,21 @@ class Entry:
 
 def header(path: Path) -> dict[str, Entry]:
     """The entries of one safetensors file: every byte belongs to exactly one tensor."""
+    fields, data, total = _header(path)
+    fields.pop("__metadata__", None)
+    entries = {name: _entry(path, name, field, data) for name, field in fields.items()}
+    _refuse_gaps(path, entries, data, total)
+    return entries
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    said = _header(path)[0].get("__metadata__", {})
+    return said if isinstance(said, dict) and all(isinstance(text, str) for text in said.values()) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Its fields, where the data begin, and the size of the file."""
     with path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -53,10 +68,7 @@ def header(path: Path) -> dict[str, Entry]:
         fields = parse_json(file.read(length), path)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: the header is not an object")
-    fields.pop("__metadata__", None)
-    entries = {name: _entry(path, name, field, 8 + length) for name, field in fields.items()}
-    _refuse_gaps(path, entries, 8 + length, total)
-    return entries
+    return fields, 8 + length, total
 
 
 def _entry(path: Path, name: str, fields: Any, data: int) -> Entry:

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from growth.anatomy import Anatomy
 from growth.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from growth.pieces import Computed, Fill, Piece
 from growth.ranges import Entry, torch_dtype
 from growth.shapes import Axes
 
+Held = TypeVar("Held")
 Stream = Iterator[tuple[str, Piece]]
 NEVER_PER_LAYER = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens"}
 
@@ -77,6 +78,22 @@ def _stream(checkpoint: Checkpoint, anatomy: Anatomy, config: Mapping[str, Any],
             yield slot.name, _level(checkpoint, anatomy, slot, checkpoint[terms[0][0]], maps)
         elif terms:
             yield slot.name, _piece(checkpoint, terms)
+
+
+def followed(
+    anatomy: Anatomy, config: Mapping[str, Any], maps: Mapping[str, Layers], held: Mapping[str, Held]
+) -> dict[str, Held]:
+    """What belongs to tensors, by the names of the tensors that copy them; those made anew or mixed have none."""
+    sources = {slot.key: held[name] for slot, name in anatomy.places.items() if name in held}
+    after = {}
+    for slot in anatomy.family.slots(config, anatomy.prefix).values() if held else ():
+        origins = [sources.get((slot.row.name, slot.part, at)) for at, _ in _origins(slot, maps)]
+        if origins[0] is not None and (len(origins) > 1 or _among(slot, maps, "random")):
+            raise UserError(f"{slot.name} would be {'mixed' if len(origins) > 1 else 'random'}, which no mask fits:"
+                            " `growth densify` drops them")  # fmt: skip
+        if origins[0] is not None:
+            after[slot.name] = origins[0]
+    return after
 
 
 def _origins(slot: Slot, maps: Mapping[str, Layers]) -> list[tuple[tuple, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ def _name_shards(directory: Path, shards: list[dict[str, int]]) -> None:
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
-def write_file(path: Path, shard: list[tuple[str, Any]]) -> dict[str, int]:
+def write_file(path: Path, shard: list[tuple[str, Any]], metadata: Mapping[str, str] | None = None) -> dict[str, int]:
     """One safetensors file, to the byte as its own library would write it: widest types first, then by name."""
     shard = sorted(shard, key=lambda item: (ORDER.index(facts(item[1])[0]), item[0]))
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, piece in shard:
         dtype, shape, nbytes = facts(piece)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}

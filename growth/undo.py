@@ -15,9 +15,10 @@ from growth.anatomy import Anatomy, dissect
 from growth.errors import UserError
 from growth.files import read_json
 from growth.maps import Layers
+from growth.masks import masks_of
 from growth.operate import PLAIN, Output, Result, delivered, opened
 from growth.pieces import Computed
-from growth.reindex import Stream, reindex, widely
+from growth.reindex import Stream, followed, reindex, widely
 from growth.sizes import Sizes
 from growth.take import Widening
 from growth.width import planned
@@ -28,9 +29,11 @@ def undo(src: Any, dst: str | Path | None = None, *, output: Output = PLAIN) -> 
     """The checkpoint without its last growth, a `stack`, `insert` or `widen` (AKI mixes layers for good)."""
     checkpoint = opened(src, dst, output)
     story = lineage_of(checkpoint)
-    anatomy = dissect(checkpoint)
+    anatomy, masks = dissect(checkpoint), None
     if story.get("operator") in ("stack", "insert"):
-        config, stream = reindex(checkpoint, anatomy, _first(story, anatomy))
+        maps = _first(story, anatomy)
+        config, stream = reindex(checkpoint, anatomy, maps)
+        masks = followed(anatomy, config, maps, masks_of(checkpoint, anatomy))
     elif story.get("operator") == "widen" and story["arguments"]["how"] != "aki":
         before = anatomy_before(anatomy, story)
         config, stream = before.config, _folded(checkpoint, anatomy, before, widening_of(before, story))
@@ -42,7 +45,8 @@ def undo(src: Any, dst: str | Path | None = None, *, output: Output = PLAIN) -> 
     else:
         raise UserError(f"{checkpoint.path} was not made by stack, insert or widen, so there is nothing to undo")
     facts = {"maps": {}, "new": {}, "preserves": "exact" if story["preserves"] == "exact" else "no"}
-    return delivered(Result("undo", {"of": story["operator"]}, config, stream, facts), dst, output, checkpoint)
+    result = Result("undo", {"of": story["operator"]}, config, stream, facts, masks=masks)
+    return delivered(result, dst, output, checkpoint)
 
 
 def lineage_of(checkpoint: Any) -> dict[str, Any]:

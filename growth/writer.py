@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from growth.bits import FILE, Mask, write_masks
 from growth.errors import UserError
 from growth.files import committed, digest, fault, write_json, write_text
 from growth.ranges import inside
@@ -32,8 +33,9 @@ def write(
     lineage: Mapping[str, Any] | None = None,
     carry: str | Path | None = None,
     overwrite: bool = False,
+    masks: Mapping[str, Mask] | None = None,
 ) -> Path:
-    """A checkpoint directory from (name, tensor) pairs, as transformers would save it.
+    """A checkpoint directory from (name, tensor) pairs, as transformers would save it, masks beside its weights.
 
     A tensor is a torch one, or bytes at rest (`Entry`, `Fill`), or `Computed` when its turn comes. Tokenizer and
     generation files come from `carry`, which is never written to.
@@ -42,6 +44,8 @@ def write(
     guard(dst, [Path(carry)] if carry else [], overwrite)
     with committed(dst, overwrite=overwrite) as directory:
         write_shards(directory, tensors, bytes_of(shard_size))
+        if masks:
+            write_masks(directory / FILE, masks)
         write_json(directory / CONFIG, dict(config))
         if lineage is not None:
             write_json(directory / LINEAGE, {"version": 1, **lineage, "versions": versions()})

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill import sources, world
 from distill.kinds import Stage
 from distill.recipe import Recipe
 from growth.errors import UserError
 from growth.files import read_json
+
+if TYPE_CHECKING:
+    from distill.ranking.prepared import Ranking
 
 MANIFEST = "stage.json"
 
@@ -57,6 +61,12 @@ def _prepare(*arguments) -> None:
     prepare(*arguments)
 
 
+def _collect(*arguments) -> None:
+    from distill.ranking.prepared import prepare
+
+    prepare(*arguments)
+
+
 def _check(recipe: Recipe, context: Context) -> None:
     from distill.preflight import check
 
@@ -73,6 +83,7 @@ class Work:
     evaluate: Callable = _evaluate
     report: Callable = _report
     prepare: Callable = _prepare
+    collect: Callable = _collect
     resolve: Callable = sources.resolve
     check: Callable = _check
     foresee: Callable = _foresee
@@ -134,6 +145,23 @@ class Context:
             world.first(lambda: self.work.prepare(spec, tokenizer, path))
             self.found[key] = path
         return path
+
+    def collection(self, name: str) -> Path:
+        """The directory of a prepared collection; prepared as a corpus is."""
+        key, path = f"collections/{name}", self.out / "collections" / name
+        if key not in self.found:
+            world.first(lambda: self.work.collect(self.recipe.collections[name], path))
+            self.found[key] = path
+        return path
+
+    def ranking(self, name: str) -> Ranking:
+        """A collection with the groups that come with it, or with those that a data stage has made."""
+        from distill.ranking.prepared import GROUPS, Ranking
+
+        path = self.collection(self.recipe.collection(name))
+        if name not in self.recipe.collections:
+            return Ranking(path, self._made(name, GROUPS))
+        return Ranking(path, path / GROUPS if (path / GROUPS).is_dir() else None)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from typing import Any
 from distill import sources
 from distill.context import MANIFEST, Context, Task
 from distill.kinds import NO_INPUT
-from distill.references import references
+from distill.references import BM25, references
 from growth.files import digest, read_json
 
+DATA = ("corpus", "data")  # kinds of references
+MADE = ("source", "searcher", "trained", "scored", "rows", "pairs")
 VERSIONED = ("distill-growth", "torch", "transformers", "deepspeed", "tokenizers")
 
 
@@ -33,7 +35,13 @@ def inputs_of(task: Task) -> dict[str, Any]:
 
 def corpora_of(task: Task) -> list[str]:
     """Those of the recipe that a stage names."""
-    return [name for kind, name in _names(task) if kind == "corpus" and name in task.contexts[0].recipe.corpora]
+    return [name for kind, name in _names(task) if kind in DATA and name in task.contexts[0].recipe.corpora]
+
+
+def collections_of(task: Task) -> list[str]:
+    """Those of the recipe that a stage reads, however many stages have been through them."""
+    recipe = task.contexts[0].recipe
+    return list(dict.fromkeys(c for kind, name in _names(task) if kind in DATA and (c := recipe.collection(name))))
 
 
 def _names(task: Task) -> list[tuple[str, str]]:
@@ -42,9 +50,11 @@ def _names(task: Task) -> list[tuple[str, str]]:
 
 
 def _made_from(kind: str, name: str, context: Context) -> dict[str, str]:
-    if kind == "corpus":
+    if kind in DATA and context.recipe.collection(name):
+        return {f"collections.{name}": context.ranking(name).digest}
+    if kind in DATA:
         return {f"corpora.{name}": read_json(context.corpus(name) / "manifest.json")["digest"]}
-    if kind not in ("source", "trained", "scored"):
+    if kind not in MADE or name == BM25:
         return {}
     if name in context.recipe.models:
         return {f"models.{name}": _identity(name, context)}

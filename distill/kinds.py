@@ -10,11 +10,12 @@ from pydantic import AfterValidator, Field, model_validator
 from distill.choice import OneOf, one_of
 from distill.evaluate import METRICS
 from distill.hooks import HOOKS, Hook
+from distill.lowrank.spec import LowRankSpec
 from distill.objectives import OBJECTIVES
 from distill.operators import BARE, OPERATORS, Operator
 from distill.refine import OPS, DataOp
 from distill.schedules import Pair, Schedule, Several, Value
-from distill.specs import Name, Positive, Share
+from distill.specs import Name, Positive, RankerSpec, Share
 from growth.errors import did_you_mean
 
 # Models
@@ -74,10 +75,22 @@ class GrowSpec(GrowthSpec):
 
 
 class StudentSpec(OneOf):
+    beside = ("lowrank", "ranker")
+
     new: NewSpec | None = Field(None, description="random weights: {config: ...} or {like: ...}")
     from_: str | None = Field(None, alias="from", description="a model or stage, as it is")
     cut: CutSpec | None = Field(None, description="some layers of a model or stage")
     grow: GrowthSpec | None = Field(None, description="a model or stage through operators of growth")
+    lowrank: LowRankSpec | None = Field(None, description="its matrices as low rank plus sparse while it trains")
+    ranker: RankerSpec | None = Field(
+        None, description="how it scores a query and a passage; null for a language model, or for that of its origin"
+    )
+
+    @model_validator(mode="after")
+    def _check_alpha(self) -> StudentSpec:
+        if self.new and self.lowrank and self.lowrank.rank and not self.lowrank.alpha:
+            raise ValueError("lowrank: 'alpha' is needed where factors start at random (SLTrain: 8 to 32)")
+        return self
 
     @property
     def origin(self) -> str | None:
@@ -147,6 +160,7 @@ class StopSpec(OneOf):
 Loss, HookSpec = one_of("Loss", OBJECTIVES), one_of("HookSpec", HOOKS)
 
 
+RANKED = "distill.objectives.ranked"  # the module whose objectives are of rankers
 NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
 
 # Stages
@@ -161,7 +175,11 @@ class Continued(Value):
 
 class TrainSpec(Value):
     student: StudentSpec = Field(description="exactly one of new, from, cut, grow")
-    data: str | Continued = Field(description="a corpus, or {from: corpus, after: stage}")
+    data: str | Continued = Field(
+        description="a corpus, of rankers a collection with triples or a data stage that makes groups; or {from: ..., "
+        "after: stage}"
+    )
+    negatives: Positive = Field(1, description="of rankers: how many of a query, drawn anew in every epoch")
     targets: dict[Name, TargetSpec] = Field({}, description="teachers by the names that losses use")
     loss: Annotated[Several[Loss], Field(min_length=1)] = Field(description="objectives, added up")
     optim: OptimSpec
@@ -185,6 +203,24 @@ class TrainSpec(Value):
     def corpus(self) -> str:
         """Its name."""
         return self.data if isinstance(self.data, str) else self.data.from_
+
+    @property
+    def ranks(self) -> bool:
+        """Whether its student scores queries and passages."""
+        return self.objectives()[0][1].needs().head == "rank"
+
+    @model_validator(mode="after")
+    def _check_ranking(self) -> TrainSpec:
+        ranking = {name: objective.needs().head == "rank" for name, objective in self.objectives()}
+        if len(set(ranking.values())) > 1:
+            of, other = (next(name for name, is_ in ranking.items() if is_ == which) for which in (True, False))
+            raise ValueError(f"loss: {of} is for rankers, {other} for language models; a student is one of them")
+        if self.student.ranker and not self.ranks:
+            known = ", ".join(name for name, kind in OBJECTIVES.items() if kind.__module__ == RANKED)
+            raise ValueError(f"student.ranker: {next(iter(ranking))} is for language models; rankers learn by {known}")
+        if self.negatives > 1 and not self.ranks:
+            raise ValueError("negatives: only rows of rankers have them")
+        return self
 
     @model_validator(mode="after")
     def _check_hooks(self) -> TrainSpec:
@@ -217,9 +253,9 @@ DataOperation = one_of("DataOperation", OPS)
 
 
 class DataSpec(Value):
-    """A corpus through operations on its rows."""
+    """A corpus through operations on its rows, or a collection through one on its pairs."""
 
-    from_: str = Field(alias="from", description="a corpus, or a data stage that makes one")
+    from_: str = Field(alias="from", description="a corpus or collection, or a data stage that makes one")
     ops: Annotated[Several[DataOperation], Field(min_length=1)] = Field(
         description="operations, one after the other: {name: {argument: value}}"
     )
@@ -233,14 +269,18 @@ class DataSpec(Value):
         return self.from_
 
     @property
-    def makes(self) -> Literal["corpus", "scores"]:
+    def makes(self) -> Literal["corpus", "scores", "groups"]:
         return self.operations()[-1][1].makes
+
+    @property
+    def reads(self) -> Literal["text", "pairs"]:
+        return self.operations()[0][1].reads
 
     @model_validator(mode="after")
     def _check_alone(self) -> DataSpec:
-        scoring = next((name for name, op in self.operations() if op.makes == "scores"), None)
-        if scoring and len(self.ops) > 1:
-            raise ValueError(f"{scoring} makes scores, not a corpus: it stands alone in its stage")
+        alone = next(((name, op.makes) for name, op in self.operations() if op.makes != "corpus"), None)
+        if alone and len(self.ops) > 1:
+            raise ValueError(f"{alone[0]} makes {alone[1]}, not a corpus: it stands alone in its stage")
         return self
 
 

@@ -16,7 +16,7 @@ from distill import mistakes, references, strict_yaml
 from distill.kinds import Stage
 from distill.overrides import apply
 from distill.schedules import Several, Value
-from distill.specs import CorpusSpec, EngineSpec, ModelSpec, Name, Positive
+from distill.specs import CollectionSpec, CorpusSpec, EngineSpec, ModelSpec, Name, Positive
 from growth.errors import UsageError, did_you_mean
 
 
@@ -31,6 +31,7 @@ class Recipe(Value):
     engine: EngineSpec = EngineSpec()
     models: dict[Name, ModelSpec] = Field({}, description="what exists before the run")
     corpora: dict[Name, CorpusSpec] = Field({}, description="text to train and evaluate on")
+    collections: dict[Name, CollectionSpec] = Field({}, description="what rankers are trained and evaluated on")
     stages: Annotated[Several[Stage], Field(min_length=1)]
 
     def stage(self, name: str) -> Stage:
@@ -45,6 +46,15 @@ class Recipe(Value):
         for _, op in spec.operations():
             text = op.plan(text, self)
         return text
+
+    def collection(self, name: str) -> str | None:
+        """The collection that a name stands for: its own, or that of the pairs a data stage reads; None for text."""
+        while name not in self.collections and name not in self.corpora:
+            data = self.stage(name).data
+            if data is None:
+                return None
+            name = data.from_
+        return name if name in self.collections else None
 
     def made_from(self, reference: str | None) -> Iterator[Stage]:
         """The train stages whose work is in these weights, the last one first; `stage.start` is without its own."""

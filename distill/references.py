@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.refine import OPS
 from distill.strict_yaml import Mistake, Path
@@ -17,7 +17,7 @@ REFERENCES = {
     "stages.*.train.student.grow.from": "source",
     "stages.*.train.student.grow.ops.*.merge.with.*": "source",
     "stages.*.train.student.grow.ops.*.merge.base": "source",
-    "stages.*.train.data": "corpus",
+    "stages.*.train.data": "data",
     "stages.*.train.data.from": "corpus",
     "stages.*.train.data.after": "trained",
     "stages.*.train.stop.like": "trained",
@@ -25,33 +25,46 @@ REFERENCES = {
     "stages.*.train.targets.*.ensemble.*": "source",
     "stages.*.train.targets.*.cache": "scored",
     "stages.*.train.loss.*.*.target": "target",
-    "stages.*.data.from": "corpus",
+    "stages.*.data.from": "data",
     "stages.*.data.ops.*.score.teacher": "source",
     "stages.*.data.ops.*.score.reference": "source",
-    "stages.*.data.ops.*.select.by": "scored",
+    "stages.*.data.ops.*.select.by": "rows",
     "stages.*.data.ops.*.retokenize.to": "model",
     "stages.*.data.ops.*.retokenize.like": "corpus",
     "stages.*.data.ops.*.mix.with.@": "corpus",
     "stages.*.data.ops.*.label.teacher": "source",
     "stages.*.data.ops.*.cache.teacher": "source",
+    "stages.*.data.ops.*.mine.by": "searcher",
+    "stages.*.data.ops.*.score_pairs.teacher": "source",
+    "stages.*.data.ops.*.score_pairs.ensemble.*": "source",
+    "stages.*.data.ops.*.drop_false_negatives.by": "pairs",
     "stages.*.grow.from": "source",
     "stages.*.grow.ops.*.merge.with.*": "source",
     "stages.*.grow.ops.*.merge.base": "source",
     "stages.*.grow.data": "corpus",
     "stages.*.evaluate.rows.*": "source",
-    "stages.*.evaluate.data": "corpus",
+    "stages.*.evaluate.data": "data",
     "stages.*.evaluate.teacher": "source",
 }
 MAKE_MODELS = {"train", "grow"}  # kinds of stages whose result is a model
-RESERVED = {"corpora"}  # directories of a run that no stage may have
+RESERVED = {"corpora", "collections"}  # directories of a run that no stage may have
+BM25 = "bm25"  # what finds documents without a model
+GIVEN = {"models": "model", "corpora": "corpus", "collections": "collection"}  # keys of a recipe
 SAID = {
     "model": "model",
     "source": "model or earlier stage",
+    "searcher": f"model or earlier stage (nor {BM25})",
     "corpus": "corpus",
+    "data": "corpus or collection",
     "scored": "earlier data stage with scores",
+    "rows": "earlier data stage with scores of rows",
+    "pairs": "earlier data stage with scores of pairs",
     "target": "target",
     "trained": "earlier train stage",
 }
+
+
+SAID_READ = {"text": "the rows of a corpus", "pairs": "queries and documents"}
 
 
 def references(recipe: Any) -> Iterator[tuple[Path, str, str]]:
@@ -83,7 +96,8 @@ def wrong(recipe: Any) -> list[Mistake]:
         for path, kind, name in references(recipe)
         if (what := _unknown(recipe, stages, path, kind, name))
     ]
-    return [*found, *_ids(recipe, stages), *_without_data(stages), *_after(stages), *_like(recipe, stages)]
+    return [*found, *_ids(recipe, stages), *_without_data(stages), *_after(stages), *_like(recipe, stages),
+            *_read(recipe, stages)]  # fmt: skip
 
 
 def _without_data(stages: list[dict]) -> Iterator[Mistake]:
@@ -119,11 +133,24 @@ def _like(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:
             yield Mistake(("stages", i, "train", "stop", "like"), what)
 
 
+def _read(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:
+    """An operation on text is given text, one on pairs a collection."""
+    pairs = {*_dict(recipe, "collections"), *_made(stages, ("groups",))}
+    for i, stage in enumerate(stages):
+        name, given = _dict(stage, "data").get("from"), _known(recipe, stages, ("stages", i), "data")
+        for op in _operations(stage) if name in given else ():
+            if (name in pairs) != (OPS[op].reads == "pairs"):
+                said = "a collection, not text" if name in pairs else "text, not a collection"
+                what = f"{op} reads {SAID_READ[OPS[op].reads]}; {name!r} is {said}"
+                yield Mistake(("stages", i, "data", "from"), what)
+
+
 def _unknown(recipe: dict, stages: list[dict], path: Path, kind: str, name: str) -> str | None:
     known = _known(recipe, stages, path, kind)
     if name in known:
         return None
-    stage = next((s for s in stages if s.get("id") == name.removesuffix(".start")), None) if kind == "source" else None
+    models = kind in ("source", "searcher")
+    stage = next((s for s in stages if s.get("id") == name.removesuffix(".start")), None) if models else None
     if stage is not None and not MAKE_MODELS & stage.keys():
         return f"stage {stage['id']!r} trains nothing, so it is no model"
     if stage is not None and name != stage["id"] and "train" not in stage:
@@ -135,10 +162,9 @@ def _unknown(recipe: dict, stages: list[dict], path: Path, kind: str, name: str)
 
 def _known(recipe: dict, stages: list[dict], path: Path, kind: str) -> list[str]:
     earlier = stages[: path[1]] if path[0] == "stages" else []
-    if kind == "corpus":
-        return [*_dict(recipe, "corpora"), *_refined(earlier, "corpus")]
-    if kind == "scored":
-        return _refined(earlier, "scores")
+    if kind in DATA:
+        named = [name for key in DATA[kind].defined for name in _dict(recipe, key)]
+        return [*named, *_made(earlier, DATA[kind].made, DATA[kind].reads)]
     models = list(_dict(recipe, "models"))
     if kind == "model":
         return models
@@ -148,31 +174,68 @@ def _known(recipe: dict, stages: list[dict], path: Path, kind: str) -> list[str]
     if kind == "trained":
         return trained
     made = [str(s.get("id")) for s in earlier if MAKE_MODELS & s.keys()]
-    return list(dict.fromkeys([*models, *made, *(f"{stage}.start" for stage in trained)]))
+    without = [BM25] if kind == "searcher" else []
+    return list(dict.fromkeys([*without, *models, *made, *(f"{stage}.start" for stage in trained)]))
 
 
-def _refined(stages: list[dict], makes: str) -> list[str]:
-    """Data stages that make a corpus, or scores."""
-    return [str(stage.get("id")) for stage in stages if "data" in stage and _makes(stage) == makes]
+class Defined(NamedTuple):
+    """Where names of data are given: keys of the recipe, and data stages that make and read so."""
+
+    defined: tuple[str, ...]
+    made: tuple[str, ...]
+    reads: tuple[str, ...] = ("text", "pairs")
+
+
+DATA = {
+    "corpus": Defined(("corpora",), ("corpus",)),
+    "data": Defined(("corpora", "collections"), ("corpus", "groups")),
+    "scored": Defined((), ("scores",)),
+    "rows": Defined((), ("scores",), ("text",)),
+    "pairs": Defined((), ("scores",), ("pairs",)),
+}
+
+
+def _made(stages: list[dict], makes: tuple[str, ...], reads: tuple[str, ...] = ("text", "pairs")) -> list[str]:
+    """Data stages that make such things of such things."""
+    data = [stage for stage in stages if "data" in stage]
+    return [str(stage.get("id")) for stage in data if _makes(stage) in makes and _reads(stage) in reads]
 
 
 def _makes(stage: dict) -> str:
+    return next((OPS[name].makes for name in _operations(stage) if OPS[name].makes != "corpus"), "corpus")
+
+
+def _reads(stage: dict) -> str:
+    return next((OPS[name].reads for name in _operations(stage)), "text")
+
+
+def _operations(stage: dict) -> list[str]:
     ops = [name for op in _list(_dict(stage, "data"), "ops") if isinstance(op, dict) for name in op]
-    return next((OPS[name].makes for name in ops if name in OPS and OPS[name].makes == "scores"), "corpus")
+    return [name for name in ops if name in OPS]
 
 
 def _ids(recipe: dict, stages: list[dict]) -> Iterator[Mistake]:
+    yield from _twice(recipe)
     ids = [stage.get("id") for stage in stages]
     for i, name in enumerate(ids):
         if not isinstance(name, str):
             continue
         if name in ids[:i]:
             yield Mistake(("stages", i, "id"), f"two stages are called {name!r}")
-        if kind := next((kind for kind in ("models", "corpora") if name in _dict(recipe, kind)), None):
-            what = {"models": "model", "corpora": "corpus"}[kind]
-            yield Mistake(("stages", i, "id"), f"{name!r} is a {what} already; a name means one thing")
+        if kind := next((kind for kind in GIVEN if name in _dict(recipe, kind)), None):
+            yield Mistake(("stages", i, "id"), f"{name!r} is a {GIVEN[kind]} already; a name means one thing")
         if name in RESERVED:
             yield Mistake(("stages", i, "id"), f"{name!r} is a directory of every run; choose another name")
+        if name == BM25:
+            yield Mistake(("stages", i, "id"), f"{name!r} is the search by words; choose another name")
+
+
+def _twice(recipe: dict) -> Iterator[Mistake]:
+    for name in _dict(recipe, "collections"):
+        if kind := next((kind for kind in ("models", "corpora") if name in _dict(recipe, kind)), None):
+            yield Mistake(("collections", name), f"{name!r} is a {GIVEN[kind]} already; a name means one thing")
+    if BM25 in _dict(recipe, "models"):
+        yield Mistake(("models", BM25), f"{BM25!r} is the search by words; choose another name")
 
 
 def _dict(value: Any, key: str) -> dict:

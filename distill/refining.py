@@ -1,4 +1,4 @@
-"""A data stage in a run: operations on a corpus, one after the other. No torch."""
+"""A data stage in a run: operations on a corpus, one after the other, or one on a collection. No torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from distill import world
 
 
 def refine(spec, context, directory: Path) -> dict[str, Any]:
-    """`corpus/` or `scores/` in the stage's directory; returns {operation: its metrics}."""
-    src, out = context.corpus(spec.from_), directory / spec.makes
+    """`corpus/`, `groups/` or `scores/` in the stage's directory; returns {operation: its metrics}."""
+    src = context.ranking(spec.from_) if spec.reads == "pairs" else context.corpus(spec.from_)
+    out = directory / spec.makes
     if spec.makes == "corpus":
         return world.first(lambda: _one_after_another(spec, src, out, context))
     ((name, op),) = spec.operations()

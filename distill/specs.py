@@ -14,6 +14,7 @@ from distill.schedules import Several, Value
 Name = Annotated[str, Field(pattern=mistakes.NAME)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+DOCSTRINGS = "docstrings"  # the collection that is always at hand
 
 
 class EngineSpec(Value):
@@ -125,3 +126,37 @@ class CorpusSpec(Value):
         if self.limit and not isinstance(self.source, str):
             raise ValueError("limit: with several sources each has its own, `part: {source: ..., limit: ...}`")
         return self
+
+
+class CollectionSpec(Value):
+    """Queries, documents and what answers what: what rankers are trained and measured on."""
+
+    source: str | None = Field(
+        None, description="docstrings, or a directory in BEIR's layout; null: the texts of the triples"
+    )
+    split: str | None = Field(None, description="train or test of the docstrings, the judgements of BEIR's layout")
+    ask: Literal["judged", "titles", "openings"] = Field(
+        "judged", description="what asks: queries with judgements, each title for its text, or how a text begins"
+    )
+    triples: str | None = Field(
+        None, description="a file of queries with a positive and negatives: ids of the source, or texts without one"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CollectionSpec:
+        if self.source is None and self.triples is None:
+            raise ValueError("source or triples is needed: where the texts are")
+        if self.ask != "judged":
+            self._check_asked()
+        if self.split and self.source is None:
+            raise ValueError("split: texts of triples have no parts")
+        if self.source == DOCSTRINGS and self.split not in (None, "train", "test"):
+            raise ValueError("split: the docstrings have train and test")
+        return self
+
+    def _check_asked(self) -> None:
+        if self.source in (None, DOCSTRINGS):
+            raise ValueError(f"ask: {self.ask} are those of a directory in BEIR's layout")
+        if self.split or self.triples:
+            key = "split" if self.split else "triples"
+            raise ValueError(f"{key}: with ask: {self.ask} the documents themselves ask, nobody else does")

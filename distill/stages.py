@@ -16,7 +16,7 @@ from typing import Any
 from distill import recipe as recipes
 from distill import strict_yaml, world
 from distill.context import MANIFEST, Context, Task, Work
-from distill.inputs import corpora_of, differences, inputs_of, versions
+from distill.inputs import collections_of, corpora_of, differences, inputs_of, versions
 from distill.recipe import Recipe
 from growth.console import say, seconds
 from growth.errors import UsageError, UserError, did_you_mean
@@ -81,6 +81,12 @@ def refuse_out(recipe: Recipe, out: Path) -> None:
 def _local_inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     named = [(f"model {name}", place) for name, spec in recipe.models.items() for place in spec.from_]
     named += [(f"corpus {name}", source) for name, spec in recipe.corpora.items() for source in spec.sources]
+    named += [
+        (f"collection {name}", place)
+        for name, spec in recipe.collections.items()
+        for place in (spec.source, spec.triples)
+        if place
+    ]
     for what, place in named:
         path = Path(place).expanduser()
         if path.exists():
@@ -141,6 +147,8 @@ def _prepare(task: Task) -> None:
     """The texts that it reads or compares with; what a data stage makes is there when that is done."""
     for name in corpora_of(task):
         task.contexts[0].corpus(name)
+    for name in collections_of(task):
+        task.contexts[0].collection(name)
 
 
 def _lost(task: Task) -> str | None:

@@ -72,7 +72,7 @@ def test_a_broken_recipe_is_refused_within_a_second_with_every_mistake(tmp_path)
         "broken.yaml: stages.a.train: 'loss' is needed",
         "broken.yaml: stages.a.train: 'optim' is needed",
         "broken.yaml: stages.a.train: 'stop' is needed",
-        "broken.yaml: stages.a.train.data: no corpus 'text'; known: none",
+        "broken.yaml: stages.a.train.data: no corpus or collection 'text'; known: none",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]
 

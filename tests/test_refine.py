@@ -621,7 +621,7 @@ def test_names_that_nothing_has_are_refused(recipe):
     with pytest.raises(UsageError) as caught:
         recipes.load(recipe, ["stages.mixed.data.ops=[{mix: {with: {lettres: 0.5}}}]", "stages.gap.data.from=poole"])
     assert "no corpus 'lettres'; did you mean 'letters'" in str(caught.value)
-    assert "no corpus 'poole'" in str(caught.value)
+    assert "no corpus or collection 'poole'" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["miniplm", "paper/miniplm"])

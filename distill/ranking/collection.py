@@ -6,7 +6,9 @@ arXiv 2104.08663).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +18,12 @@ from distill.ranking import texts
 from growth import files
 from growth.errors import UserError, did_you_mean
 
+CORPUS, QUERIES = "corpus.jsonl", "queries.jsonl"
 ALLOWED = 0.01  # of the rows of a file may name what is not there
 LISTED = 5
 DOCUMENT = "one object a line with '_id' and 'text', and perhaps 'title'"
+SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^a-z\s])")  # where one ends
+FEWEST_WORDS, FIRST_WORDS = 3, 8  # of a sentence that asks; where no sentence ends
 QUERY = "one object a line with '_id' and 'text'"
 JUDGEMENT = "three columns with tabs between them: query-id, corpus-id, score (a whole number)"
 
@@ -102,38 +107,80 @@ def beir(
     Queries that another split judges are left out; those that none judges stay.
     """
     directory = Path(directory)
-    queries = texts.once(_queries(_file(directory, "queries.jsonl")))
+    queries = texts.once(_queries(_file(directory, QUERIES)))
     chosen, others = _splits(directory, split)
     judged = judgements(chosen)
     elsewhere = {query for other in others for query in judgements(other)} - judged.keys()
     queries = {name: text for name, text in queries.items() if name not in elsewhere}
-    corpus = _file(directory, "corpus.jsonl")
-    documents = texts.once(_documents(corpus)) if store is None else _stored(store, corpus)
-    found = Collection(queries, documents, judged)
+    found = Collection(queries, _read_documents(directory, store), judged)
     found.missing.refuse_many(chosen, allowed)
     return found
 
 
-def titles(directory: str | Path) -> Collection:
+def unjudged(directory: str | Path, *, store: Path | None = None) -> Collection:
+    """The queries and documents of such a directory alone, for triples that come with it."""
+    queries = texts.once(_queries(_file(Path(directory), QUERIES)))
+    return Collection(queries, _read_documents(Path(directory), store), {})
+
+
+def is_judged(directory: str | Path) -> bool:
+    return (Path(directory) / "qrels.tsv").is_file() or (Path(directory) / "qrels").is_dir()
+
+
+def titles(directory: str | Path, *, store: Path | None = None) -> Collection:
     """Each title as the question that its text answers: training data of a collection without training queries.
 
     A title that stands above several texts is answered by each; a document without title or text is left out.
     """
-    path = _file(Path(directory), "corpus.jsonl")
+    return _asked(directory, "title", lambda title, text: (title, text), store)
+
+
+def openings(directory: str | Path, *, store: Path | None = None) -> Collection:
+    """How each text begins as the question that the rest answers, where there are no titles to ask.
+
+    The inverse cloze task (Lee et al. 2019, arXiv 1906.00300) with the first sentence in place of a random one, so that
+    nothing is drawn; a text of one sentence is asked for by its first words.
+    """
+    return _asked(directory, "opening", lambda title, text: _opened(title, *opening(text)), store)
+
+
+def opening(text: str) -> tuple[str, str]:
+    """How a text begins, and the rest of it; the first sentence of some length, else the first words."""
+    for end in SENTENCE.finditer(text):
+        if len(text[: end.start()].split()) >= FEWEST_WORDS:
+            return text[: end.start()], text[end.end() :]
+    words = text.split()
+    return " ".join(words[:FIRST_WORDS]), " ".join(words[FIRST_WORDS:])
+
+
+def _opened(title: str, first: str, rest: str) -> tuple[str, str]:
+    return first, f"{title} {rest}".strip() if rest else ""
+
+
+def _asked(
+    directory: str | Path, what: str, cut: Callable[[str, str], tuple[str, str]], store: Path | None
+) -> Collection:
+    path = _file(Path(directory), CORPUS)
     queries: dict[str, str] = {}
-    documents: dict[str, str] = {}
     judged: dict[str, dict[str, int]] = {}
     asked: dict[str, str] = {}
-    for where, record in texts.records(path, DOCUMENT):
-        name = texts.written(record, "_id", where, DOCUMENT)
-        title, body = _title(record, where), texts.written(record, "text", where, DOCUMENT).strip()
-        if title and body:
-            query = asked.setdefault(title, f"title of {name}")
-            queries[query], documents[name] = title, body
-            judged.setdefault(query, {})[name] = 1
+
+    def documents() -> Iterator[tuple[str, str, str]]:
+        for where, record in texts.records(path, DOCUMENT):
+            name = texts.written(record, "_id", where, DOCUMENT)
+            question, answer = cut(_title(record, where), texts.written(record, "text", where, DOCUMENT).strip())
+            if question and answer:
+                query = asked.setdefault(question, f"{what} of {name}")
+                queries[query] = question
+                judged.setdefault(query, {})[name] = 1
+                yield where, name, answer
+
+    found = texts.once(documents()) if store is None else texts.store(store, [what, texts.identity(path)], documents())
     if not queries:
-        raise UserError(f"{path}: no document has both a title and a text, so there is nothing to ask")
-    return Collection(queries, documents, judged)
+        deque(documents(), maxlen=0)  # the texts were in the store already
+    if not queries:
+        raise UserError(f"{path}: no document has both a {what} and a text, so there is nothing to ask")
+    return Collection(queries, found, judged)
 
 
 def judgements(path: Path) -> dict[str, dict[str, int]]:
@@ -195,5 +242,7 @@ def _title(record: dict, where: str) -> str:
     return "" if record.get("title") is None else texts.written(record, "title", where, DOCUMENT).strip()
 
 
-def _stored(path: Path, corpus: Path) -> texts.Stored:
-    return texts.store(path, texts.identity(corpus), _documents(corpus))
+def _read_documents(directory: Path, store: Path | None) -> Mapping[str, str]:
+    corpus = _file(directory, CORPUS)
+    found = _documents(corpus)
+    return texts.once(found) if store is None else texts.store(store, texts.identity(corpus), found)

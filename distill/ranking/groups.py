@@ -109,32 +109,48 @@ def _sha256(values: np.ndarray) -> str:
     return hashlib.sha256(f"{values.dtype}{values.shape}".encode() + values.tobytes()).hexdigest()
 
 
+class Gathered:
+    """Groups that come one after the other."""
+
+    def __init__(self):
+        self.queries: dict[str, int] = {}
+        self.documents: dict[str, int] = {}
+        self.query, self.positive, self.negative, self.ends = array("i"), array("i"), array("i"), array("q")
+
+    def add(self, group: Group) -> None:
+        self.query.append(self.queries.setdefault(group.query, len(self.queries)))
+        self.positive.append(self._document(group.positive))
+        self.negative.extend(map(self._document, group.negatives))
+        self.ends.append(len(self.negative))
+
+    def _document(self, name: str) -> int:
+        return self.documents.setdefault(name, len(self.documents))
+
+    def done(self) -> Groups:
+        return Groups(list(self.queries), list(self.documents), *(np.asarray(getattr(self, name)) for name in ARRAYS))
+
+
 def gather(found: Iterable[Group]) -> Groups:
-    queries: dict[str, int] = {}
-    documents: dict[str, int] = {}
-    query, positive, negative, ends = array("i"), array("i"), array("i"), array("q")
+    gathered = Gathered()
     for group in found:
-        query.append(queries.setdefault(group.query, len(queries)))
-        positive.append(documents.setdefault(group.positive, len(documents)))
-        negative.extend(documents.setdefault(name, len(documents)) for name in group.negatives)
-        ends.append(len(negative))
-    arrays = (np.asarray(values) for values in (query, positive, negative, ends))
-    return Groups(list(queries), list(documents), *arrays)
+        gathered.add(group)
+    return gathered.done()
 
 
 def read(
-    path: str | Path, collection: Collection | None = None, allowed: float = ALLOWED
+    path: str | Path, collection: Collection | None = None, allowed: float = ALLOWED, *, store: Path | None = None
 ) -> tuple[Collection, Groups, Missing]:
     """The groups of a file of triples, scored or not, and the collection they are of: the one given, or their texts.
 
-    Rows that name what the collection lacks are left out and counted.
+    Rows that name what the collection lacks are left out and counted. `store`: where texts are kept that are too many
+    for memory.
     """
     found = Missing()
     if collection is not None:
         groups = gather(_named(rows.read(path, ids=True), collection, found))
         found.refuse_many(path, allowed)
     else:
-        collection, groups = _of_texts(rows.read(path, ids=False))
+        collection, groups = _of_texts(rows.read(path, ids=False), store)
     return collection, groups, found
 
 
@@ -153,22 +169,28 @@ def _group(row: rows.Row) -> Group:
     return Group(row.query, row.documents[0], row.documents[1:])
 
 
-def _of_texts(found: Iterable[rows.Row]) -> tuple[Collection, Groups]:
+def _of_texts(found: Iterable[rows.Row], store: Path | None) -> tuple[Collection, Groups]:
     """A text is known by its digest, so that one that stands often is kept once."""
     queries: dict[str, str] = {}
-    documents: dict[str, str] = {}
     judged: dict[str, dict[str, int]] = {}
-    groups = []
-    for row in found:
-        if row.ids:
-            raise UserError(f"{row.where}: ids, not texts; give the collection they are of")
-        group = _group(row)
-        query, (positive, *negatives) = name_of(group.query), map(name_of, row.documents)
-        queries[query] = group.query
-        documents.update(zip((positive, *negatives), row.documents, strict=True))
-        judged.setdefault(query, {})[positive] = 1
-        groups.append(Group(query, positive, tuple(negatives)))
-    return Collection(queries, documents, judged), gather(groups)
+    seen: set[str] = set()
+    gathered = Gathered()
+
+    def documents() -> Iterator[tuple[str, str, str]]:
+        for row in found:
+            if row.ids:
+                raise UserError(f"{row.where}: ids, not texts; give the collection they are of")
+            group = _group(row)
+            query, (positive, *negatives) = name_of(group.query), map(name_of, row.documents)
+            queries[query] = group.query
+            judged.setdefault(query, {})[positive] = 1
+            gathered.add(Group(query, positive, tuple(negatives)))
+            new = dict(zip((positive, *negatives), row.documents, strict=True))
+            yield from ((row.where, name, text) for name, text in new.items() if name not in seen)
+            seen.update(new)
+
+    kept = texts.once(documents()) if store is None else texts.store(store, None, documents())
+    return Collection(queries, kept, judged), gathered.done()
 
 
 def name_of(text: str) -> str:

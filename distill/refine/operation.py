@@ -11,13 +11,18 @@ from distill.schedules import Value
 if TYPE_CHECKING:
     from distill.context import Context
     from distill.fitting import Text
+    from distill.ranking.prepared import Ranking
     from distill.specs import CorpusSpec
 
 
 class DataOp(Value):
-    """From a prepared corpus to another one, or to scores of its rows; its fields are the keys of a recipe."""
+    """From a prepared corpus to another one, or to scores of its rows; its fields are the keys of a recipe.
 
-    makes: ClassVar[Literal["corpus", "scores"]] = "corpus"
+    One that reads pairs goes from a collection (`Ranking`) to groups of it, or to scores of their pairs.
+    """
+
+    reads: ClassVar[Literal["text", "pairs"]] = "text"
+    makes: ClassVar[Literal["corpus", "scores", "groups"]] = "corpus"
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -32,8 +37,8 @@ class DataOp(Value):
         """Every reason why it cannot work, before text is read or a weight is loaded."""
         yield from ()
 
-    def apply(self, src: Path, out: Path, context: Context) -> dict[str, Any]:
-        """Make the directory `out` from the prepared corpus in `src`; returns what stage.json keeps.
+    def apply(self, src: Path | Ranking, out: Path, context: Context) -> dict[str, Any]:
+        """Make the directory `out` from the prepared corpus in `src`, or from a collection; returns what is kept.
 
         A corpus is made by the first rank alone and appears whole. Scores are made by all ranks, each its share of the
         rows, and what is there already is not made again.

@@ -6,7 +6,7 @@ A name stands for the directory of a ranker (a stage's, or one with `ranker.json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill import layout, loading, models, sources, world
 from distill.corpus import tokens
-from distill.ranking import kinds, rankers
+from distill.ranking import encoding, kinds, rankers
 from distill.ranking.joining import fitted
 from distill.ranking.kinds import ABOUT, ClassifierKind, CrossKind, DualKind, RankerKind
 from distill.ranking.ranker import Ranker
@@ -24,7 +24,7 @@ from growth import files
 from growth.checkpoint import open as open_checkpoint
 from growth.errors import UserError
 
-PAIRS = 256  # whose texts are read at once
+TEXTS, PAIRS = 256, 256  # read at once
 Pair = tuple[str, str]  # a query and a passage
 
 
@@ -74,6 +74,18 @@ class Opened:
     def _read(self, texts: Sequence[str], length: int) -> dict[str, Tensor]:
         batch = layout.padded(token_ids(self.tokenizer, texts, length))
         return {name: x.to(self.ranker.encoder.device) for name, x in batch.items()}
+
+    def query_vectors(self, texts: Sequence[str]) -> Tensor:
+        """Of a ranker that makes one of each text, [N, k] float32 on the CPU: scores are their dot products."""
+        return self._vectors(texts, self.queries)
+
+    def passage_vectors(self, texts: Sequence[str]) -> Tensor:
+        return self._vectors(texts, self.passages)
+
+    @torch.inference_mode()
+    def _vectors(self, texts: Sequence[str], read: Callable[[Sequence[str]], dict[str, Tensor]]) -> Tensor:
+        parts = (texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS))
+        return torch.cat([self.ranker.vectors(encoding.texts(read(part))).float().cpu() for part in parts])
 
     @torch.inference_mode()
     def scores(self, pairs: Sequence[Pair]) -> Tensor:

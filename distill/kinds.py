@@ -11,7 +11,7 @@ from distill.choice import OneOf, one_of
 from distill.evaluate import METRICS
 from distill.hooks import HOOKS, Hook
 from distill.lowrank.spec import LowRankSpec
-from distill.objectives import OBJECTIVES
+from distill.objectives import OBJECTIVES, RANKING
 from distill.operators import BARE, OPERATORS, Operator
 from distill.refine import OPS, DataOp
 from distill.schedules import Pair, Schedule, Several, Value
@@ -160,7 +160,6 @@ class StopSpec(OneOf):
 Loss, HookSpec = one_of("Loss", OBJECTIVES), one_of("HookSpec", HOOKS)
 
 
-RANKED = "distill.objectives.ranked"  # the module whose objectives are of rankers
 NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
 
 # Stages
@@ -207,17 +206,17 @@ class TrainSpec(Value):
     @property
     def ranks(self) -> bool:
         """Whether its student scores queries and passages."""
-        return self.objectives()[0][1].needs().head == "rank"
+        return self.objectives()[0][0] in RANKING
 
     @model_validator(mode="after")
     def _check_ranking(self) -> TrainSpec:
-        ranking = {name: objective.needs().head == "rank" for name, objective in self.objectives()}
+        ranking = {name: name in RANKING for name, _ in self.objectives()}
         if len(set(ranking.values())) > 1:
             of, other = (next(name for name, is_ in ranking.items() if is_ == which) for which in (True, False))
             raise ValueError(f"loss: {of} is for rankers, {other} for language models; a student is one of them")
         if self.student.ranker and not self.ranks:
-            known = ", ".join(name for name, kind in OBJECTIVES.items() if kind.__module__ == RANKED)
-            raise ValueError(f"student.ranker: {next(iter(ranking))} is for language models; rankers learn by {known}")
+            wrong = f"{next(iter(ranking))} is for language models; rankers learn by {', '.join(RANKING)}"
+            raise ValueError(f"student.ranker: {wrong}")
         if self.negatives > 1 and not self.ranks:
             raise ValueError("negatives: only rows of rankers have them")
         return self

@@ -11,15 +11,25 @@ from distill.objectives.ce import CrossEntropy
 from distill.objectives.distribution import Divergence
 from distill.objectives.hidden import HiddenMSE
 from distill.objectives.protocol import Needs, Objective
+from distill.objectives.ranked import Contrastive, InBatchMargin, ListwiseKL, MarginMSE, PointwiseMSE, RankNet
 from distill.objectives.relation import RelationKL
 from distill.objectives.span import Aligned
 
+RANKING = {
+    "margin_mse": MarginMSE,
+    "listwise_kl": ListwiseKL,
+    "pointwise_mse": PointwiseMSE,
+    "ranknet": RankNet,
+    "in_batch_margin": InBatchMargin,
+    "contrastive": Contrastive,
+}
 OBJECTIVES = {
     "relation_kl": RelationKL,
     "ce": CrossEntropy,
     "divergence": Divergence,
     "aligned": Aligned,
     "hidden_mse": HiddenMSE,
+    **RANKING,
 }
 
 # plain function -> the module that brings torch with it
@@ -44,12 +54,19 @@ FUNCTIONS = {
 __all__ = [
     "FUNCTIONS",
     "OBJECTIVES",
+    "RANKING",
     "Aligned",
+    "Contrastive",
     "CrossEntropy",
     "Divergence",
     "HiddenMSE",
+    "InBatchMargin",
+    "ListwiseKL",
+    "MarginMSE",
     "Needs",
     "Objective",
+    "PointwiseMSE",
+    "RankNet",
     "RelationKL",
     *FUNCTIONS,
 ]

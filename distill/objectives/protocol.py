@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from distill.models import Facts
     from distill.taps import Tap, Trace
 
-Head = Literal["mlm", "causal", "classify"]
+Head = Literal["mlm", "causal", "classify", "rank"]
 View = Literal["masked", "plain"]
 
 
 class Needs(NamedTuple):
     """What an objective reads: taps of the student and of its target, which head gives the student's logits,
     whether the target's are wanted as well, which view of the row both sides have, and whether the target reads the
-    same text in ids of its own."""
+    same text in ids of its own. Of rankers, how many queries see each other's passages (None: each its own list)."""
 
     student: frozenset[Tap] = frozenset()
     target: frozenset[Tap] = frozenset()
@@ -28,6 +28,7 @@ class Needs(NamedTuple):
     target_head: bool = False
     view: View = "masked"
     own_ids: bool = False
+    group: int | None = None
 
 
 def classifies(student: Facts) -> list[str]:

@@ -18,6 +18,20 @@ def lists(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return scores.new_zeros(mask.shape).masked_scatter(mask, scores[order]), mask
 
 
+def pairs_of_lists(group: Tensor) -> Tensor:
+    """How many pairs of two of one list there are, of groups [P]: float64."""
+    n = torch.bincount(group).double()
+    return (n * (n - 1) / 2).sum()
+
+
+def differences(scores: Tensor, group: Tensor, every: bool = False) -> Tensor:
+    """Of the scores [P] of lists the first minus each other one, or each minus each that stands behind it [n]."""
+    rows, mask = lists(scores, group)
+    apart = rows[:, :, None] - rows[:, None, :]  # [B, N, N]
+    pairs = (mask[:, :, None] & mask[:, None, :]).triu(1)
+    return apart[pairs] if every else apart[:, 0][pairs[:, 0]]
+
+
 def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -144,17 +144,19 @@ def seed_checkpoint(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def export(start: Path, trained: Mapping[str, torch.Tensor], dst: Path) -> Path:
+def export(
+    start: Path, trained: Mapping[str, torch.Tensor], dst: Path, beside: Callable[[Path], None] | None = None
+) -> Path:
     """What was trained, by parameter name; everything else as it was at the start, the tokenizer too.
 
-    How the start was grown is told still, but what it promised to compute is over.
+    How the start was grown is told still, but what it promised to compute is over. `beside` as in `save`.
     """
     model = load(start, loading.own_head(loading.configuration(start)))
     places = {loading.inside(n, model): p for n, p in model.named_parameters()}
     with torch.no_grad():
         for name, tensor in trained.items():
             places[loading.inside(name, model)].copy_(tensor)
-    return save(model, dst, carry=start, overwrite=True, story={"preserves": "no"})
+    return save(model, dst, carry=start, overwrite=True, story={"preserves": "no"}, beside=beside)
 
 
 def _continue(source: Path, dst: Path, head: str | None, seed: int, classes: Sequence[str] | None) -> Path:
@@ -212,11 +214,16 @@ def _new_config(new, resolve_ref: Callable[[str], Path]):
 
 
 def save(
-    model: nn.Module, dst: Path, carry: Path | None, overwrite: bool = False, story: Mapping[str, str] | None = None
+    model: nn.Module,
+    dst: Path,
+    carry: Path | None,
+    overwrite: bool = False,
+    story: Mapping[str, str] | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """The checkpoint directory, whole or not at all, with the tokenizer and the lineage of `carry`.
 
-    `story` is what the lineage must say otherwise.
+    `story` is what the lineage must say otherwise; `beside` writes files of its own into the directory.
     """
     files.ensure_space(dst, sum(p.numel() * p.element_size() for p in model.parameters()), "a model")
     with files.committed(dst, overwrite=overwrite) as temporary, loading.quiet():
@@ -230,4 +237,6 @@ def save(
         if carry and (Path(carry) / LINEAGE).exists():
             lineage = files.read_json(reading.inside(Path(carry), LINEAGE))
             files.write_json(temporary / LINEAGE, {**lineage, **(story or {})})
+        if beside:
+            beside(temporary)
     return Path(dst)

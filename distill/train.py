@@ -18,6 +18,7 @@ from distill.cost import Cost, as_much_as, cost_of
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
 from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, freeze_unreachable, named_losses
+from distill.lowrank import students
 from distill.objectives import Objective
 from distill.preflight import micro_batch
 from distill.schedules import Progress, fixed
@@ -73,7 +74,7 @@ class Stage:
         self.cost = self._cost()
         self.offset = extent.offset(spec, context)
         self.steps = extent.steps(directory.name, spec, context, self.corpus, self.cost)
-        self.student = models.load(self.start, self.head)
+        self.student = (students if spec.student.lowrank else models).load(self.start, self.head)
         self.student.train(spec.dropout)
         self.lesson = Lesson(self.student, self.objectives)
         self.targets = Targets({name: opened(name, self) for name in spec.targets}, self.objectives)
@@ -87,9 +88,14 @@ class Stage:
         start = self.directory / "start"
         if not start.exists():
             student, seed = self.spec.student, self.seed
-            models.seed_checkpoint(
-                student, self.context.model, start, self.head, seed, self.corpus.path, classes=self.classes
-            )
+
+            def make(dst: Path) -> Path:
+                return models.seed_checkpoint(
+                    student, self.context.model, dst, self.head, seed, self.corpus.path, classes=self.classes
+                )
+
+            factors = student.lowrank
+            students.begin(make, start, factors, seed, random=student.new is not None) if factors else make(start)
         return start
 
     def _classes(self) -> list[str]:
@@ -161,6 +167,7 @@ class Stage:
             "recipe_digest": digest(self.spec.model_dump(mode="json", by_alias=True, exclude=NO_INPUT)),
             "seed": self.seed,
             "student_digest": sources.weights_sha256(self.start),
+            **({"factors_digest": students.digest(self.start)} if self.spec.student.lowrank else {}),
             "teacher_digests": {
                 reference: sources.weights_sha256(self.context.model(reference))
                 for target in self.spec.targets.values()
@@ -299,7 +306,8 @@ class Stage:
     def _export(self, engine: Engine) -> None:
         """The student as an ordinary directory: trained masters, everything else as it was at the start."""
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
-        world.first(lambda: models.export(self.start, trained, self.directory / "model"))
+        of = students if self.spec.student.lowrank else models
+        world.first(lambda: of.export(self.start, trained, self.directory / "model"))
 
 
 def memory() -> int:

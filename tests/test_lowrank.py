@@ -1,0 +1,243 @@
+"""Low rank plus sparse: the same mathematics as a dense layer, the same model when it is merged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from distill import models, taps
+from distill.lowrank import counting, students
+from distill.lowrank.module import SparseLowRank
+from distill.lowrank.spec import LowRankSpec
+from distill.taps import trace
+from growth import factored, families, scope
+from growth.errors import UserError
+
+SPARSE = LowRankSpec(rank=7, alpha=3.0, density=0.1)
+LOW = LowRankSpec(compress=2.5)
+SPECS = pytest.mark.parametrize("spec", [SPARSE, LOW], ids=["sparse", "low"])
+EVERY = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+def factors(out=13, into=9, rank=4, n=17, scale=0.7):
+    """With a B that is not zero, as after training."""
+    made = factored.drawn(out, into, rank, n, scale, torch.Generator().manual_seed(1))
+    made.B.normal_(generator=torch.Generator().manual_seed(2))
+    return made
+
+
+def started(tmp_path, family="bert", spec=SPARSE, random=True, head=None, **changes):
+    """The checkpoint of a student before its first step."""
+    model = tiny.model(family, head=head or tiny.head(family), seed=3, **changes)
+    return students.begin(lambda dst: tiny.save(model, dst), tmp_path / "start", spec, 5, random)
+
+
+def outputs(model, head):
+    with torch.no_grad():
+        seen = trace(model, tiny.batch([[9], [7]], 9), [("hidden", -1)], torch.arange(16) if head else None)
+    return (seen.logits if head else seen.taps["hidden", -1]).detach()
+
+
+# One layer
+
+
+@pytest.mark.parametrize("n", [17, 0])
+@pytest.mark.parametrize("biased", [True, False])
+def test_values_and_gradients_are_those_of_the_dense_matrix(n, biased):
+    """Against autograd through W, which knows neither B nor A nor places; float64."""
+    f, g = factors(n=n), torch.Generator().manual_seed(4)
+    bias = nn.Parameter(torch.randn(13, generator=g)) if biased else None
+    layer = SparseLowRank(f, bias).double()
+    x = torch.randn(3, 5, 9, generator=g, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 5, 13, generator=g, dtype=torch.float64)
+    y = layer(x)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+
+    W = f.scale * f.B.double() @ f.A.double()
+    for place, value in zip(f.indices.tolist(), f.values.tolist(), strict=True):
+        W[place // 9, place % 9] += value
+    W.requires_grad_()
+    z = x @ W.T + (bias.double() if biased else 0)
+    dx, G = torch.autograd.grad(z, [x, W], upstream)
+    wanted = {"B": f.scale * G @ f.A.double().T, "A": f.scale * f.B.double().T @ G,
+              "values": G.flatten()[f.indices.long()][None], "bias": upstream.sum((0, 1))}  # fmt: skip
+    assert torch.allclose(y, z, atol=1e-12, rtol=0) and torch.allclose(found[0], dx, atol=1e-12, rtol=0)
+    names = [name for name, _ in layer.named_parameters()]
+    assert set(names) == {"B", "A"} | ({"values"} if n else set()) | ({"bias"} if biased else set())
+    assert all(torch.allclose(d, wanted[k], atol=1e-12, rtol=0) for k, d in zip(names, found[1:], strict=True))
+
+
+def test_between_forward_and_backward_no_dense_matrix_is_kept():
+    layer, kept = SparseLowRank(factors(40, 50, 3, 30), None), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer(torch.randn(2, 50, requires_grad=True)).sum().backward()
+    assert sum(kept) == 2 * 50 + 3 * (40 + 50) + 30 + 30 < 40 * 50
+
+
+def test_places_are_as_many_as_said_ascending_and_in_32_bits_where_they_fit():
+    made = factors(60, 50, 3, factored.places(60, 50, 0.03))
+    assert made.indices.numel() == 90 and made.indices.dtype == torch.int32 and bool((made.indices.diff() > 0).all())
+    assert factored.index_type(2**31) is torch.int32 and factored.index_type(2**31 + 1) is torch.int64
+
+
+def test_an_svd_start_is_the_best_low_rank_and_the_largest_of_the_rest():
+    W = torch.randn(14, 11, generator=torch.Generator().manual_seed(0))
+    made = factored.split(W, 5, 10, scale=0.4)
+    U, S, Vt = torch.linalg.svd(W.double())
+    low = U[:, :5] @ S[:5].diag() @ Vt[:5]
+    rest = (W - low).flatten()
+    rest[rest.abs().argsort(descending=True)[:10]] = 0
+    assert torch.allclose(W - made.merged(), rest.view(14, 11).float(), atol=1e-5)
+    assert torch.allclose(made.B.norm(dim=0), made.A.norm(dim=1), rtol=1e-4)  # the root of S on both sides
+    assert torch.allclose(factored.split(W, 11, 0, 1.0).merged(), W, atol=1e-5)  # of full rank: W itself
+
+
+def test_a_rank_that_compresses_leaves_that_part_of_the_numbers():
+    rank = factored.rank_of(768, 3072, 3.0)
+    assert rank == 768 * 3072 // (3 * (768 + 3072)) and rank * (768 + 3072) <= 768 * 3072 / 3
+    assert factored.rank_of(2, 2, 9.0) == 1
+
+
+def test_refactoring_keeps_the_product_and_balances_the_factors():
+    f = factors(rank=6)
+    B, A = factored.balanced(f.B, f.A * 50)
+    assert torch.allclose(B @ A, f.B @ f.A * 50, atol=1e-4)
+    gram = B.T @ B
+    assert torch.allclose(gram, A @ A.T, atol=1e-4) and torch.allclose(gram, gram.diag().diag(), atol=1e-4)
+    assert torch.equal(factored.balanced(torch.zeros(5, 2), f.A[:2])[0], torch.zeros(5, 2))
+
+
+# A whole student
+
+
+@EVERY
+@SPECS
+def test_a_student_of_factors_computes_what_its_merged_checkpoint_does(family, spec, tmp_path):
+    head = tiny.head(family)
+    start = started(tmp_path, family, spec, random=False)
+    held, dense = students.load(start, head), models.load(start, head)
+    layers = [m for m in held.modules() if isinstance(m, SparseLowRank)]
+    config = dense.config.to_dict()
+    wanted = scope.matrices(families.of(config), config, ("attention", "ffn"))
+    assert len(layers) == len([name for name in wanted if not name.startswith("decoder.")])
+    found, wanted = outputs(held, head), outputs(dense, head)
+    assert (found - wanted).abs().max() <= 1e-5 * max(float(wanted.abs().max()), 1.0)
+    assert (wanted - outputs(tiny.model(family, head=head, seed=3), head)).abs().max() > 0.01  # it is a compression
+
+
+@EVERY
+def test_what_was_trained_is_exported_as_an_ordinary_model_and_its_factors(family, tmp_path):
+    head = tiny.head(family)
+    start = started(tmp_path, family, random=False)
+    held = students.load(start, head)
+    with torch.no_grad():
+        for p in held.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    trained = {name: p.detach() for name, p in held.named_parameters() if ".0." not in name}  # block 0: unreached
+    untouched = students.load(start, head).state_dict()
+    held.load_state_dict({name: p for name, p in untouched.items() if name not in trained}, strict=False)
+    model = students.export(start, trained, tmp_path / "model")
+    again = students.load(model, head)
+    assert all(torch.equal(p, q) for p, q in zip(held.parameters(), again.parameters(), strict=True))
+    found, wanted = outputs(models.load(model, head), head), outputs(held, head)
+    assert (found - wanted).abs().max() <= 1e-5 * max(float(wanted.abs().max()), 1.0)
+
+
+@SPECS
+def test_what_is_counted_from_a_config_is_what_is_trained(spec, tmp_path):
+    for family in ("bert", "gpt2", "llama"):
+        held = students.load(started(tmp_path / family, family, spec, random=False), tiny.head(family))
+        facts = models.facts(held.config)
+        after = counting.counted(facts, held.config, spec)
+        assert after.parameters == sum(p.numel() for p in held.parameters())
+        if spec is LOW:
+            assert after.body == facts.body - (facts.parameters - after.parameters)
+            assert after.blocks[0] == sum(p.numel() for p in taps.blocks(held.base_model)[0].parameters())
+            assert counting.rebuilding(held.config, spec) == 0
+        else:
+            assert (after.body, after.blocks) == (facts.body, facts.blocks)
+            ranks = [m for m in held.modules() if isinstance(m, SparseLowRank)]
+            assert counting.rebuilding(held.config, spec) == sum(8 * 7 * m.B.shape[0] * m.A.shape[1] for m in ranks)
+
+
+def test_a_start_is_a_function_of_seed_and_name_alone(tmp_path):
+    starts = [
+        factored.read(started(tmp_path / str(i), layers, head=head))
+        for i, (layers, head) in enumerate([("bert", "mlm"), ("bert", None)])
+    ]
+    assert list(starts[0]) == list(starts[1]) and all(
+        torch.equal(a.A, b.A) and torch.equal(a.indices, b.indices)
+        for a, b in zip(starts[0].values(), starts[1].values(), strict=True)
+    )
+    drawn = list(starts[0].values())
+    assert not torch.equal(drawn[0].A, drawn[1].A) and all(not f.B.any() and f.values.any() for f in drawn)
+    assert all(float(f.A.abs().max()) <= f.A.shape[1] ** -0.5 for f in drawn)
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"rank": 8, "density": 1.0}, "less than 1"),
+        ({"rank": 8, "density": -0.1}, "greater than or equal to 0"),
+        ({"rank": 0}, "greater than 0"),
+        ({"density": 0.1}, "exactly one of rank, compress"),
+        ({"rank": 8, "compress": 2.0}, "exactly one of rank, compress"),
+        ({"compress": 3.0, "alpha": 2.0}, "a rank of its own"),
+        ({"compress": 1.0}, "greater than 1"),
+        ({"rank": 8, "scope": ["head"]}, "'attention' or 'ffn'"),
+        ({"rank": 8, "scope": []}, "at least 1 item"),
+    ],
+)
+def test_keys_that_mean_nothing_are_refused(keys, why):
+    with pytest.raises(ValueError, match=why):
+        LowRankSpec(**keys)
+
+
+def test_a_rank_that_no_matrix_has_is_refused_by_name():
+    model = tiny.model("bert")
+    with pytest.raises(UserError, match=r"rank 41: encoder.layer.0.intermediate.dense is 40 x 48.*above 40"):
+        counting.counted(models.facts(model.config), model.config, LowRankSpec(rank=41, scope=["ffn"]))
+
+
+def test_tied_matrices_and_a_scope_that_hits_nothing_are_refused(tmp_path):
+    model = tiny.model("bert")
+    layers = model.encoder.layer
+    layers[1].output.dense.weight = layers[0].output.dense.weight
+    with pytest.raises(UserError, match=r"layer.0.output.dense.weight and encoder.layer.1.*are one tensor"):
+        students.layers(model, ["ffn"])
+    assert len(students.layers(model, ["attention"])) == 16
+    import tiny_families
+
+    mixtral = tiny_families.transformers.MixtralModel(tiny_families.config_of("mixtral"))
+    with pytest.raises(UserError, match="scope ffn: no matrix of this Mixtral is one alone"):
+        students.layers(mixtral, ["ffn"])
+
+
+def test_factors_that_are_not_of_the_weights_beside_them_are_refused(tmp_path):
+    start = started(tmp_path)
+    path, story = start / factored.WEIGHTS, json.loads((start / factored.STORY).read_text())
+    held = load_file(path)
+    first = next(iter(story["weights"]))
+
+    def spoiled(key, change):
+        save_file(held | {f"{first}.{key}": change(held[f"{first}.{key}"].clone())}, path)
+        with pytest.raises(UserError) as caught:
+            students.load(start, "mlm")
+        return str(caught.value)
+
+    assert f"{first.removesuffix('.weight')} is not what" in spoiled("values", lambda t: t + 0.01)
+    assert "ascending places" in spoiled("indices", lambda t: t.flip(0))
+    assert "ascending places" in spoiled("indices", lambda t: t + 48 * 48)
+    assert "not finite" in spoiled("A", lambda t: t * float("nan"))
+    assert "says [7, 48]" in spoiled("A", lambda t: t[:6].contiguous())
+    save_file({name: t for name, t in held.items() if name != f"{first}.B"}, path)
+    with pytest.raises(UserError, match="are not of one model"):
+        students.load(start, "mlm")

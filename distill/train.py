@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from distill import classifiers, corpus, extent, hooks, layout, models, snapshot, sources, world
-from distill.cost import Cost, as_much_as, cost_of
+from distill import extent, hooks, snapshot, sources, world
+from distill.cost import as_much_as
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
-from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson, freeze_unreachable, named_losses
-from distill.lowrank import students
+from distill.language import Language
+from distill.lesson import Lesson, freeze_unreachable, named_losses
 from distill.objectives import Objective
 from distill.preflight import micro_batch
 from distill.schedules import Progress, fixed
-from distill.teachers.targets import Targets, opened
+from distill.teachers.targets import Targets
 from growth import console
 from growth.console import count
 from growth.errors import UserError
@@ -63,70 +63,24 @@ class Stage:
         self.spec, self.context, self.directory = spec, context, directory
         self.seed = context.seed + spec.seed
         self.objectives = named_losses(spec)
-        headed = next((o for o in self.objectives.values() if o.needs().head), None)
-        self.head = headed and headed.needs().head
-        self.mask = headed.mask if self.head == "mlm" else None
         self.micro_batch = micro_batch(context.recipe.engine, spec.optim, world.size())
-        self.corpus = corpus.open(context.corpus(spec.corpus), "train")
-        self.classes = self._classes() if self.head == "classify" else None
-        self.start = world.first(self._make_start) or directory / "start"
-        self.hooks = spec.hook_values()
-        self.cost = self._cost()
+        self.subject = Language(spec, context, directory, self.objectives, self.seed)
+        self.hooks, self.cost = spec.hook_values(), self.subject.cost
         self.offset = extent.offset(spec, context)
-        self.steps = extent.steps(directory.name, spec, context, self.corpus, self.cost)
-        self.student = (students if spec.student.lowrank else models).load(self.start, self.head)
+        self.steps = extent.steps(directory.name, spec, context, self.subject.corpus, self.cost)
+        self.student = self.subject.load()
         self.student.train(spec.dropout)
         self.lesson = Lesson(self.student, self.objectives)
-        self.targets = Targets({name: opened(name, self) for name in spec.targets}, self.objectives)
-        several = all(layout.packable(model.config) for model in (self.student, *self.targets.models))
-        self.packed = several and self.head != "classify"  # unpacked rows are as long as the longest of them
-        self.data = self._data()
-        self.heldout = self._heldout() if spec.evaluate_every else None
+        self.targets = Targets({name: self.subject.source(name) for name in spec.targets}, self.objectives)
+        self.data = self.subject.data(self.targets, self.micro_batch, self.offset)
+        heldout = self.subject.heldout if spec.evaluate_every else None
+        self.heldout = heldout and heldout(self.lesson, self.micro_batch, self.steps)
         self.log = directory / "log.jsonl"
-
-    def _make_start(self) -> Path:
-        start = self.directory / "start"
-        if not start.exists():
-            student, seed = self.spec.student, self.seed
-
-            def make(dst: Path) -> Path:
-                return models.seed_checkpoint(
-                    student, self.context.model, dst, self.head, seed, self.corpus.path, classes=self.classes
-                )
-
-            factors = student.lowrank
-            students.begin(make, start, factors, seed, random=student.new is not None) if factors else make(start)
-        return start
-
-    def _classes(self) -> list[str]:
-        """Those of the corpus, or else of the first teacher; all others must have the same ones."""
-        teachers = [reference for target in self.spec.targets.values() for reference in target.models]
-        return self.corpus.classes or classifiers.known(self.context.model(teachers[0]))
-
-    def _cost(self) -> Cost:
-        student = models.facts(self.start)
-        teachers = {
-            name: (student,) if t.ema else tuple(models.facts(self.context.model(reference)) for reference in t.models)
-            for name, t in self.spec.targets.items()
-        }
-        return cost_of(self.spec, student, teachers, self.corpus.length)
-
-    def _data(self) -> Data:
-        batches = corpus.Batches(self.corpus, self.seed, self.head)
-        rows, told = self.spec.optim.batch, self.targets.alignments
-        return Data(batches, rows, self.micro_batch, self.packed, world.device(), self.offset, told)
-
-    def _heldout(self) -> Heldout:
-        """Of the loss `ce`; the rate of masking is the one that training begins with."""
-        text = corpus.open(self.context.corpus(self.spec.corpus), "heldout")
-        rate = self.objectives["ce"].mask.at(Progress(0, self.steps))
-        batches = corpus.Batches(text, HELDOUT_SEED, self.objectives["ce"].objective, rate)
-        return Heldout(self.lesson, "ce", batches, self.micro_batch, self.packed)
 
     def run(self) -> dict:
         parts = self.cost.parts
         for hook in self.hooks:
-            hook.prepare(self.student, self.start)
+            hook.prepare(self.student, sources.encoder(self.subject.start))
         frozen = freeze_unreachable(self.lesson, self.targets, self.data, parts)
         phases = {f"student.{name}": when for name, when in hooks.updated_in(self.student, parts).items()}
         engine = Engine(self.lesson, self.context.recipe.engine, self.spec.optim, self.micro_batch, phases)
@@ -166,14 +120,14 @@ class Stage:
         return {
             "recipe_digest": digest(self.spec.model_dump(mode="json", by_alias=True, exclude=NO_INPUT)),
             "seed": self.seed,
-            "student_digest": sources.weights_sha256(self.start),
-            **({"factors_digest": students.digest(self.start)} if self.spec.student.lowrank else {}),
+            "student_digest": sources.weights_sha256(self.subject.start),
+            **self.subject.belongs(),
             "teacher_digests": {
                 reference: sources.weights_sha256(self.context.model(reference))
                 for target in self.spec.targets.values()
                 for reference in target.models
             },
-            "corpus_digest": self.corpus.digest,
+            "corpus_digest": self.subject.corpus.digest,
             "offset": self.offset,
             "steps": self.steps,
             "stage": engine.zero,
@@ -233,7 +187,7 @@ class Stage:
         progress = Progress(step=step, steps=self.steps, tokens=spent.tokens, flops=spent.flops)
         part = hooks.drawn(self.cost.parts, self.seed, step)
         active, before = self._active(progress), self.targets.calls
-        batches = self.data(step, self.mask.at(progress) if self.mask else None)
+        batches = self.data(step, mask.at(progress) if (mask := self.subject.mask) else None)
         counts, real = self._count(batches, active)
         sums, teaching = self._learn(engine, batches, active, counts, part)
         *totals, stop = world.agree(*sums.values(), float(stopped()))
@@ -304,10 +258,8 @@ class Stage:
             )
 
     def _export(self, engine: Engine) -> None:
-        """The student as an ordinary directory: trained masters, everything else as it was at the start."""
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
-        of = students if self.spec.student.lowrank else models
-        world.first(lambda: of.export(self.start, trained, self.directory / "model"))
+        world.first(lambda: self.subject.export(trained, self.directory / "model"))
 
 
 def memory() -> int:

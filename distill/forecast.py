@@ -6,7 +6,6 @@ All of it is a forecast. The formulas are printed with it, so that nobody takes 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import click
 from distill import stages
 from distill.context import Context
 from distill.cost import Cost, as_much_as, steps_for, working
+from distill.evaluate.machine import matmul_speed
 from distill.kinds import Stage
 from distill.preflight import Planned, check
 from distill.recipe import Recipe
@@ -200,23 +200,6 @@ def memory(student, cost: Cost, engine: EngineSpec, spec, ranks: int) -> dict[st
 def disk(parameters: int, spec) -> float:
     """Start, model, and snapshots (master and two moments), one more than are kept while one is being written."""
     return parameters * 4 * (2 + 3 * (spec.keep + 1))
-
-
-def matmul_speed(precision: str, duration: float = 0.5) -> tuple[float, str]:
-    """(FLOPs a second of a plain matrix product here and now, CPU or GPU)."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    n = 8192 if gpu else 1024
-    a = torch.ones(n, n, dtype=dtype, device="cuda" if gpu else "cpu")
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < duration:
-        a @ a
-        if gpu:
-            torch.cuda.synchronize()
-        done += 1
-    return 2 * n**3 * done / (time.perf_counter() - began), "GPU" if gpu else "CPU"
 
 
 def _stages(rows: list[Forecast], seeds: int, speed: float) -> tuple[list[str], list[list[Any]], str]:

@@ -181,9 +181,9 @@ def test_a_shard_is_written_when_it_is_full_or_old(tmp_path, monkeypatch):
     writer = Writer(tmp_path, ABOUT)
     writer.add(key(1), row(1))
     assert not list(tmp_path.glob("r*"))
-    monkeypatch.setattr(scores, "SHARD_SECONDS", 0)
+    writer.seconds = 0
     writer.add(key(2), row(2))
-    monkeypatch.setattr(scores, "SHARD_SECONDS", 60)
+    writer.seconds = 60
     monkeypatch.setattr(scores, "SHARD_BYTES", 1)
     writer.add(key(3), row(3))
     assert [len(s) for s in shards.found(tmp_path, COLUMNS)] == [2, 1]

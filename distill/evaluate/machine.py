@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,3 +45,20 @@ def gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def matmul_speed(precision: str, duration: float = 0.5) -> tuple[float, str]:
+    """(FLOPs a second of a plain matrix product here and now, CPU or GPU)."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    n = 8192 if gpu else 1024
+    a = torch.ones(n, n, dtype=dtype, device="cuda" if gpu else "cpu")
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < duration:
+        a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        done += 1
+    return 2 * n**3 * done / (time.perf_counter() - began), "GPU" if gpu else "CPU"

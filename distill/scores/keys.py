@@ -67,6 +67,28 @@ class Index:
         return np.where(self._words[place] == words, self._order[place], -1)
 
 
+class Known:
+    """Keys that were met: sixteen bytes of memory each, in sorted runs of which each is longer than the next."""
+
+    def __init__(self):
+        self._runs: list[np.ndarray] = []
+
+    def add(self, keys: np.ndarray) -> None:
+        run = np.sort(_words(keys))
+        while self._runs and len(self._runs[-1]) < 2 * len(run):  # so that a key is moved a few times in all
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        self._runs.append(run)
+
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """[N] bool."""
+        words = _words(keys)
+        found = np.zeros(len(words), dtype=bool)
+        for run in filter(len, self._runs):
+            place = np.minimum(np.searchsorted(run, words), len(run) - 1)
+            found |= run[place] == words
+        return found
+
+
 def _words(keys: np.ndarray) -> np.ndarray:
     """[N] strings that numpy can sort; that it drops trailing zeros hides no difference, all being equally long."""
     return np.ascontiguousarray(keys, np.uint8).reshape(-1, WIDTH).view(f"S{WIDTH}")[:, 0]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from distill.scores import shards
-from distill.scores.keys import Index
+from distill.scores.keys import Index, Known
 from distill.scores.shards import Column, Ragged
 from growth import files
 from growth.errors import UserError
@@ -65,19 +65,20 @@ def forecast(columns: Mapping[str, Column], rows: int, length: float | Mapping[s
 class Writer:
     """Adds rows to a store, each key once; a context, so that the last shard is written as well.
 
-    Another run goes on where the first one stopped: `missing` says which rows are still to be scored.
+    Another run goes on where the first one stopped: `missing` says which rows are still to be scored. With `seconds`
+    infinite, what a shard holds depends on the rows alone.
     """
 
-    def __init__(self, path: str | Path, about: About, rank: int = 0):
-        self.path, self.about, self.rank = Path(path), about, rank
+    def __init__(self, path: str | Path, about: About, rank: int = 0, *, seconds: float = SHARD_SECONDS):
+        self.path, self.about, self.rank, self.seconds = Path(path), about, rank, seconds
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / MANIFEST).exists():
             files.write_json(self.path / MANIFEST, about.plain())
         about.refuse_other(self.path)
         shards.sweep(self.path, rank)
-        there = [shard.keys for shard in shards.found(self.path, about.columns)]
-        self._there = Index(np.concatenate([np.empty((0, 16), np.uint8), *there]))
-        self._added: set[bytes] = set()
+        self._there = Known()  # in shards of any rank
+        for shard in shards.found(self.path, about.columns):
+            self._there.add(shard.keys)
         self._begin()
 
     def __enter__(self) -> Writer:
@@ -89,8 +90,8 @@ class Writer:
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Which of these no shard of any rank has and were not added here [N] bool."""
-        added = np.array([key.tobytes() in self._added for key in keys], dtype=bool)
-        return (self._there.find(keys) < 0) & ~added
+        held = [key.tobytes() in self._keys for key in keys] if self._keys else np.zeros(len(keys))
+        return ~(self._there.has(keys) | np.array(held, dtype=bool))
 
     def add(self, keys: np.ndarray, values: Mapping[str, Any]) -> None:
         """Rows that are there already are left out. Values are arrays or tensors [N, ...], or `Ragged` ones."""
@@ -98,9 +99,9 @@ class Writer:
             raise ValueError(f"columns {sorted(values)}; the store has {sorted(self.about.columns)}")
         rows = {n: _rows(n, column, values[n], len(keys)) for n, column in self.about.columns.items()}
         for i in np.flatnonzero(self.missing(keys)):
-            if (key := keys[i].tobytes()) not in self._added:  # twice in this very batch
+            if (key := keys[i].tobytes()) not in self._keys:  # twice in this very batch
                 self._keep(key, {name: column[i] for name, column in rows.items()})
-        if self._held >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
+        if self._held >= SHARD_BYTES or time.monotonic() - self._since >= self.seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -108,17 +109,17 @@ class Writer:
         if self._keys:
             keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 16)
             shards.write(self.path, self.rank, keys, self._rows, self.about.columns)
+            self._there.add(keys)
         self._begin()
 
     def _keep(self, key: bytes, row: dict[str, np.ndarray]) -> None:
-        self._added.add(key)
-        self._keys.append(key)
+        self._keys[key] = None
         for name, value in row.items():
             self._rows[name].append(value)
             self._held += value.nbytes
 
     def _begin(self) -> None:
-        self._keys: list[bytes] = []
+        self._keys: dict[bytes, None] = {}  # of the shard to come, in order
         self._rows: dict[str, list] = {name: [] for name in self.about.columns}
         self._held, self._since = 0, time.monotonic()
 

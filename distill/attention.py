@@ -64,9 +64,22 @@ class Listener:
     """What is wanted of one block, and where it goes; armed during the outer forward pass only."""
 
     seen: Seen
+    turn: int | None = None  # which run of a block that several layers share; None: a block of one layer
     asked: dict[str, list[int]] = field(default_factory=dict)  # role -> the layer, under each name it was asked by
     armed: bool = False
+    run: int = -1  # the one that goes on, of a shared block
     heard: bool = True  # of this run of the block; a second call of the interface would be cross attention
+
+    @property
+    def mine(self) -> bool:
+        """Whether the layer that runs is the one listened to."""
+        return self.turn in (None, self.run)
+
+    def begin(self) -> None:
+        self.armed, self.run = True, -1
+
+    def next(self) -> None:
+        self.run += 1
 
     def attention(self, values: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
         """What attention is to go on with: the same values, through `Keep` where they are tapped."""
@@ -81,7 +94,7 @@ class Listener:
         return kept
 
     def record(self, role: str, value: Tensor) -> None:
-        if self.armed:
+        if self.armed and self.mine:
             self.seen.update({Tap(role, layer): value for layer in self.asked.get(role, ())})
 
     def missing(self) -> list[Tap]:
@@ -102,7 +115,7 @@ def heard_by(run: Callable, block: nn.Module, listener: Listener) -> Callable:
     configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}.values()
 
     def heard(*args, **kwargs):
-        listener.heard = False
+        listener.heard = not listener.mine
         _running.listeners.append(listener)
         try:
             with _switched(configs):

@@ -30,6 +30,8 @@ DECODER = Layout("positions", cache=True)  # transformers makes the mask itself 
 LAYOUTS = {
     "bert": Layout("mask"),
     "roberta": Layout("mask", skip=True),
+    "albert": Layout("mask"),
+    "electra": Layout("mask"),
     "distilbert": Layout(None, positions=False),  # always counts positions from the start of the row
     "modernbert": Layout("masks"),
     "t5": Layout("mask", positions=False),  # relative positions: the same inside a document wherever it stands
@@ -40,7 +42,13 @@ LAYOUTS = {
     "qwen3": DECODER,
     "mistral": DECODER,
     "gemma2": DECODER,
+    "gemma3_text": DECODER,
+    "olmo2": DECODER,
+    "phi3": DECODER,
+    "mixtral": DECODER,
+    "qwen2_moe": DECODER,
 }
+MAY_DECODE = ("bert", "roberta", "electra")
 UNKNOWN = Layout(None, positions=False)
 
 
@@ -90,7 +98,7 @@ def positions(segments: Tensor) -> Tensor:
 
 def _layout(config) -> Layout:
     layout = LAYOUTS.get(config.model_type, UNKNOWN)
-    if layout in (LAYOUTS["bert"], LAYOUTS["roberta"]) and config.is_decoder:
+    if config.model_type in MAY_DECODE and config.is_decoder:
         return layout._replace(packed=None)  # the 4-D mask would show it the future
     return layout
 

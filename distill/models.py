@@ -80,7 +80,7 @@ def facts(source) -> Facts:
         causal=loading.causal(config),
         positions=layout.longest(config),
         parameters=_size(loading.skeleton(whole, config, {}) if whole else base),
-        blocks=tuple(_taking_part(block, config) for block in taps.blocks(base)),
+        blocks=tuple(_taking_part(block, config) for block, _ in taps.layers(base)),
         body=body,
         head=head,
         kind=loading.own_head(config),
@@ -94,8 +94,9 @@ def _multiplied(config, base: nn.Module) -> tuple[int, int]:
     model = loading.skeleton(next(iter(kinds.values())), config, {}) if kinds else base
     body, table = model.base_model, model.get_input_embeddings().weight
     tied = model is not base and model.get_output_embeddings().weight is table
-    taking_part = _taking_part(body, config)
-    return taking_part - table.numel(), _taking_part(model, config) - taking_part + (table.numel() if tied else 0)
+    again = [block for block, turn in taps.layers(body) if turn]  # ALBERT's
+    taking_part = sum(_taking_part(module, config) for module in (body, *again))
+    return taking_part - table.numel(), _taking_part(model, config) - _taking_part(body, config) + (table.numel() if tied else 0)
 
 
 def _taking_part(module: nn.Module, config) -> int:
@@ -231,12 +232,18 @@ def save(
             model.save_pretrained(temporary)
         except SafetensorError as error:  # a disk that fills up in the middle; not an OSError
             raise UserError(f"cannot write {dst}: {error}") from error
-        for name in CARRIED if carry else ():
-            if (Path(carry) / name).exists():
-                shutil.copyfile(reading.inside(Path(carry), name), temporary / name)
+        if carry:
+            carry_tokenizer(Path(carry), temporary)
         if carry and (Path(carry) / LINEAGE).exists():
             lineage = files.read_json(reading.inside(Path(carry), LINEAGE))
             files.write_json(temporary / LINEAGE, {**lineage, **(story or {})})
         if beside:
             beside(temporary)
     return Path(dst)
+
+
+def carry_tokenizer(source: Path, dst: Path) -> None:
+    """Its files, and others that no tensor depends on."""
+    for name in CARRIED:
+        if (source / name).exists():
+            shutil.copyfile(reading.inside(source, name), dst / name)

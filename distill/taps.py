@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from distill import classifiers, heads, layout, loading
 from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
 from distill.heads import Logits, Mixture
+from distill.objectives.crossing import Scores
 from growth.errors import UserError, did_you_mean
 
 ROLES = (*IN_ATTENTION, "hidden")
@@ -33,6 +34,7 @@ class Trace:
     scaling: dict[int, float]
     causal: bool  # every token sees only those before it
     head: Logits | Mixture | None = None  # or what a cache has of it
+    scores: Scores | None = None  # of a ranker
 
     @cached_property
     def logits(self) -> Tensor | None:
@@ -50,7 +52,7 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]]) -> Iterator[Seen]:
     base, seen, asked = _base(model), Seen(), [Tap(*t) for t in taps]
     listeners = _listeners(base, [t for t in asked if t != OUTPUT], seen)
     with ExitStack() as undo:
-        for block, listener in listeners.items():
+        for (block, _), listener in listeners.items():
             _attach(block, listener, undo)
         undo.callback(base.register_forward_pre_hook(lambda *_: _begin(seen, listeners.values())).remove)
         undo.callback(base.register_forward_hook(lambda *_: _finish(model, listeners.values())).remove)
@@ -117,7 +119,7 @@ def _chosen(model: nn.Module, kept: list[Tensor], rows: Tensor) -> Tensor:
 def _begin(seen: Seen, listeners: Iterable[Listener]) -> None:
     seen.clear()
     for listener in listeners:
-        listener.armed = True
+        listener.begin()
 
 
 def _finish(model: nn.Module, listeners: Iterable[Listener]) -> None:
@@ -144,13 +146,38 @@ def _base(model: nn.Module) -> nn.Module:
 
 def blocks(base: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a base model, first to last."""
+    if shared := next((block for block, turn in layers(base) if turn is not None), None):
+        raise UserError(
+            f"{type(base).__name__} runs one {type(shared).__name__} in several layers, so none of them can be told "
+            "apart from the others by its weights; what is tapped of a layer can"
+        )
+    return [block for block, _ in layers(base)]
+
+
+def layers(base: nn.Module) -> list[tuple[nn.Module, int | None]]:
+    """The block of each layer; of blocks that several layers share, with the number of its run."""
+    if base.config.model_type == "albert":
+        return _shared(base)
     found = [b for child in base.children() for b in _outermost(child)]
     if len(found) != base.config.num_hidden_layers:
         raise UserError(
             f"{type(base).__name__} cannot be tapped: {len(found)} blocks were found for its "
-            f"{base.config.num_hidden_layers} layers (layers that share weights have no numbers of their own)"
+            f"{base.config.num_hidden_layers} layers"
         )
-    return found
+    return [(block, None) for block in found]
+
+
+def _shared(base: nn.Module) -> list[tuple[nn.Module, int]]:
+    """ALBERT: the layers of a group are runs of one block."""
+    config, groups = base.config, base.encoder.albert_layer_groups
+    if config.inner_group_num > 1:
+        raise UserError(
+            f"{type(base).__name__} cannot be tapped: with inner_group_num {config.inner_group_num} a layer has "
+            "several attentions"
+        )
+    in_group = config.num_hidden_layers / config.num_hidden_groups
+    numbers = [int(i / in_group) for i in range(config.num_hidden_layers)]  # as transformers has it
+    return [(groups[n], numbers[:i].count(n)) for i, n in enumerate(numbers)]
 
 
 def _outermost(module: nn.Module) -> list[nn.Module]:
@@ -159,25 +186,32 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
     return [b for child in module.children() for b in _outermost(child)]
 
 
-def _listeners(base: nn.Module, taps: list[Tap], seen: Seen) -> dict[nn.Module, Listener]:
-    found, listeners = blocks(base) if taps else [], {}
+def _listeners(base: nn.Module, taps: list[Tap], seen: Seen) -> dict[tuple[nn.Module, int | None], Listener]:
+    found, listeners = layers(base) if taps else [], {}
     for role, layer in taps:
         if role not in ROLES:
             raise UserError(f"no tap {role!r}{did_you_mean(role, ROLES)}; there are {', '.join(ROLES)}")
         if not -len(found) <= layer < len(found):
             raise UserError(f"no layer {layer}: {type(base).__name__} has the layers 0 to {len(found) - 1}")
-        listener = listeners.setdefault(found[layer], Listener(seen))
+        listener = listeners.setdefault(found[layer], Listener(seen, found[layer][1]))
         listener.asked.setdefault(role, []).append(layer)
     return listeners
 
 
 def _attach(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
+    if listener.turn is not None:
+        undo.callback(block.register_forward_pre_hook(lambda *_: listener.next()).remove)
     if listener.asked.keys() & set(IN_ATTENTION):
-        replace = _replaying if block.gradient_checkpointing and block.training else _listening
+        replace = _replaying if _recomputed(block) else _listening
         replace(block, listener, undo)
     if "hidden" in listener.asked:
         hook = block.register_forward_hook(lambda module, arguments, output: listener.record("hidden", _first(output)))
         undo.callback(hook.remove)
+
+
+def _recomputed(block: nn.Module) -> bool:
+    checkpointing = isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing
+    return checkpointing and block.training
 
 
 def _first(output):

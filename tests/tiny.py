@@ -30,6 +30,8 @@ FACTS = {
     "modernbert": ("ModernBert", "mlm", ENCODER | {"local_attention": 10, "global_attn_every_n_layers": 3,
                                                    "cls_token_id": CLS, "sep_token_id": SEP, "bos_token_id": CLS,
                                                    "eos_token_id": SEP}),
+    "albert": ("Albert", "mlm", ENCODER | {"embedding_size": 26, "num_hidden_groups": 2}),
+    "electra": ("Electra", "mlm", ENCODER | {"embedding_size": 26}),
     "gpt2": ("GPT2", "causal", {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_inner": FFN, "n_layer": LAYERS,
                                 "n_head": HEADS, "n_positions": LENGTH, "bos_token_id": CLS, "eos_token_id": SEP}),
     "gpt_neox": ("GPTNeoX", "causal", DECODER | {"rotary_pct": 0.25}),
@@ -38,6 +40,10 @@ FACTS = {
     "qwen3": ("Qwen3", "causal", GROUPED | {"head_dim": HEAD}),
     "mistral": ("Mistral", "causal", GROUPED | {"sliding_window": 5}),
     "gemma2": ("Gemma2", "causal", GROUPED | {"head_dim": HEAD, "sliding_window": 5, "query_pre_attn_scalar": 7}),
+    "gemma3_text": ("Gemma3", "causal", GROUPED | {"head_dim": HEAD, "sliding_window": 5, "query_pre_attn_scalar": 7,
+                                                   "sliding_window_pattern": 2}),
+    "olmo2": ("Olmo2", "causal", GROUPED),
+    "phi3": ("Phi3", "causal", GROUPED | {"sliding_window": 5}),
     "t5": ("T5", None, {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": HEAD, "d_ff": FFN, "num_layers": LAYERS,
                         "num_heads": HEADS, "relative_attention_num_buckets": 16, "pad_token_id": PAD,
                         "relative_attention_max_distance": 20}),
@@ -59,7 +65,7 @@ def attentions(family: str) -> tuple[str, ...]:
 def config(family: str, **changes):
     """A configuration whose sizes differ pairwise (dropout as the class has it); `changes` are keys of its class."""
     stem, _, sizes = FACTS[family]
-    settings = getattr(transformers, stem + "Config")(**{**sizes, **changes})
+    settings = transformers.AutoConfig.for_model(family, **{**sizes, **changes})
     settings.architectures = [_class(family, None)]
     return settings
 
@@ -124,4 +130,6 @@ def _class(family: str, head: str | None) -> str:
     stem, _, _ = FACTS[family]
     if family == "t5":
         return "T5EncoderModel"
+    if (family, head) == ("gemma3_text", None):
+        return "Gemma3TextModel"
     return stem + ("LMHeadModel" if (family, head) == ("gpt2", "causal") else CLASSES[head])

@@ -21,10 +21,13 @@ from growth.anatomy import dissect
 from growth.errors import UserError
 from growth.learn import LEARNED, RATE, STEPS
 from growth.ligo import STARTS
+from growth.masks import is_sparse
 from growth.merge import HOW as WAYS_TO_MERGE
 from growth.operate import PLAIN, seen
 from growth.reading import kind_of
 from growth.sizes import Sizes
+from growth.sparsity import HOW as WHICH_STAY
+from growth.sparsity import RESCALE, SCOPE
 from growth.vocabulary import HOW as NEW_ROWS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -237,6 +240,32 @@ Learn = create_model(
 )
 
 
+class Sparsify(Operator):
+    """Most weights of the matrices zero, with masks that say which."""
+
+    function = staticmethod(growth.sparsify)
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="share of each matrix that is zero; null: 0.75, or what the pattern says"
+    )
+    how: Literal[WHICH_STAY] = Field("random", description="which weights stay")
+    scope: Annotated[Several[Literal[SCOPE]], Field(min_length=1)] = Field(
+        SCOPE, description="parts whose matrices are sparse"
+    )
+    pattern: str | None = Field(None, description="such as 2:4, two of every four along what is summed over")
+    rescale: Literal[RESCALE] = Field("none", description="sqrt_density keeps the scale of outputs")
+    seed: Seed = Field(None, description=AFRESH)
+
+
+class Densify(Operator):
+    """The same weights without masks."""
+
+    function = staticmethod(growth.densify)
+
+    def plan(self, model: Any, given: Given) -> Any:
+        """What training makes may have masks that no plan knows of."""
+        return super().plan(model if is_sparse(seen(model)) else growth.sparsify(model, sparsity=0), given)
+
+
 OPERATORS: dict[str, type[Operator]] = {
     "stack": Stack,
     "insert": Insert,
@@ -246,6 +275,8 @@ OPERATORS: dict[str, type[Operator]] = {
     "merge": Merge,
     "vocabulary": Vocabulary,
     "learn": Learn,
+    "sparsify": Sparsify,
+    "densify": Densify,
 }
 
 

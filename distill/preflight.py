@@ -21,6 +21,7 @@ from distill.specs import EngineSpec
 from growth import files
 from growth.anatomy import dissect
 from growth.errors import UsageError, UserError
+from growth.masks import masks_of
 
 
 class Said(Exception):
@@ -76,7 +77,16 @@ class Planned:
         if reference in self.recipe.models:
             dissect(growth.open(sources.encoder(self.context.model(reference))))
         config = loading.configuration(self.config(reference))
-        return loading.skeleton(loading.architecture(config) or loading.class_of(config, None), config, {})
+        model = loading.skeleton(loading.architecture(config) or loading.class_of(config, None), config, {})
+        model.masks = self._masks(reference)
+        return model
+
+    def _masks(self, reference: str) -> dict[str, Any]:
+        """Of a model at hand, or one that operators will make; what training keeps of them is not known here."""
+        if reference in self.recipe.models:
+            return masks_of(growth.open(sources.encoder(self.context.model(reference))))
+        stage = self.recipe.stage(reference.partition(".")[0])
+        return self.grown(stage.grow).masks if stage.grow else {}
 
     def _new_config(self, new) -> dict[str, Any]:
         if new.like is not None:

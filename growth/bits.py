@@ -38,6 +38,12 @@ class Mask:
         """A mask whose bools `draw` makes when they are asked for."""
         return cls(shape, kept, Computed("U8", (_bytes(shape),), lambda: packed(draw())), pattern)
 
+    @classmethod
+    def of(cls, alive, pattern: str | None = None) -> Mask:
+        """The mask of these bools."""
+        bits = packed(alive)
+        return cls(tuple(alive.shape), int(alive.sum()), Computed("U8", tuple(bits.shape), lambda: bits), pattern)
+
     @property
     def size(self) -> int:
         return math.prod(self.shape)
@@ -48,7 +54,7 @@ class Mask:
 
     def settled(self) -> Mask:
         """With its bits in memory, whatever they were to be made of."""
-        bits = made(self.bits).clone()
+        bits = made(self.bits)
         return replace(self, bits=Computed("U8", tuple(bits.shape), lambda: bits))
 
 

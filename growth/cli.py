@@ -66,11 +66,17 @@ def inspect(src: str) -> None:
         ("parameters", count(found.parameters)),
         *((f"  {part}", count(n)) for part, n in found.parts.items()),
         ("stored", f"{size(found.nbytes)} in {found.files} file{'s' * (found.files > 1)}, {kinds}"),
+        *([("masks", _alive(found))] if found.masks else []),
         *(("tied", f"{head} = {source}") for head, source in found.tied.items()),
         *(("dropped", name) for name in found.buffers),
         *(fact for story in found.history for fact in _story(story)),
     ]
     table(["fact", "value"], facts, title=str(found.path))
+
+
+def _alive(found) -> str:
+    kept, of = found.alive
+    return f"{kept / of:.2%} of {count(of)} weights in {len(found.masks)} tensors are alive"
 
 
 def _story(lineage: dict) -> list[tuple[str, str]]:
@@ -211,6 +217,47 @@ def vocabulary(src, dst, output, **asked):
     from growth.vocabulary import vocabulary
 
     return vocabulary(src, dst, **asked, output=output)
+
+
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--sparsity", type=float, help="Share of each matrix that is zero: 0.75, or as --pattern says.")
+@click.option("--how", default="random", show_default=True, help="Which weights stay: random or magnitude.")
+@click.option("--scope", default="attention,ffn", show_default=True, help="Matrices of these parts.")
+@click.option("--pattern", help="Such as 2:4, two of every four along what is summed over.")
+@click.option(
+    "--rescale", default="none", show_default=True, help="none, or sqrt_density to keep the scale of outputs."
+)
+@click.option("--seed", default=0, show_default=True)
+@writing
+def sparsify(src, dst, scope, output, **asked):
+    """Zero most weights of SRC's matrices, and say which in masks.safetensors beside the weights."""
+    from growth.sparsity import sparsify
+
+    return sparsify(src, dst, scope=scope.split(","), **asked, output=output)
+
+
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@writing
+def densify(src, dst, output):
+    """Drop the masks of SRC: the same weights, of which dead ones may grow."""
+    from growth.sparsity import densify
+
+    return densify(src, dst, output=output)
+
+
+@main.command()
+@click.argument("src", default=".")
+@click.option("--length", default=512, show_default=True, help="Tokens of a sequence, for the FLOPs.")
+def masks(src: str, length: int) -> None:
+    """What the masks of SRC keep, compared with its weights to the last bit, and the FLOPs that this models."""
+    from growth.sparse_facts import facts, kept
+
+    table(["matrices", "tensors", "weights", "alive"], [(n, k, count(w), f"{a:.2%}") for n, k, w, a in kept(src)])
+    table(["fact", "value"], facts(src, length))
 
 
 @main.command()

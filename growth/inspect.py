@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from growth.anatomy import Anatomy, dissect
+from growth.bits import Mask
 from growth.families.table import Slot
 from growth.files import read_json
+from growth.masks import masks_of
 from growth.operate import seen
 from growth.undo import lineage_of
 from growth.writer import LINEAGE
@@ -31,12 +33,18 @@ class Summary:
     buffers: list[str]
     files: int
     nbytes: int
+    masks: dict[str, Mask]  # by tensor; the weights that they call dead are counted among the parameters
     lineage: dict[str, Any] = field(default_factory=dict)
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """How it came to be, the last step first, as far as the sources are still there."""
         return list(_history(self.lineage))
+
+    @property
+    def alive(self) -> tuple[int, int]:
+        """Of the weights that have masks: how many are alive, and how many there are."""
+        return sum(mask.kept for mask in self.masks.values()), sum(mask.size for mask in self.masks.values())
 
     @property
     def parameters(self) -> int:
@@ -58,6 +66,7 @@ def inspect(path: Any) -> Summary:
         buffers=sorted(anatomy.buffers),
         files=len(checkpoint.files),
         nbytes=checkpoint.nbytes,
+        masks=masks_of(checkpoint, anatomy),
         lineage=lineage_of(checkpoint),
     )
 

@@ -13,7 +13,7 @@ from growth.checkpoint import open
 from growth.errors import UserError
 from growth.families.table import Slot
 from growth.memory import Memory
-from growth.parameters import in_memory
+from growth.parameters import in_memory, place
 from growth.pieces import Computed, made
 from growth.ranges import inside
 
@@ -58,6 +58,17 @@ def by_parameter(masks: Mapping[str, Mask], anatomy: Anatomy) -> dict[str, Any]:
     places = replace(anatomy, places={slot: name for slot, name in anatomy.places.items() if name in masks})
     pieces = ((known[name], Computed("BOOL", mask.shape, mask.bools)) for name, mask in masks.items())
     return {name: made(piece) for name, piece in in_memory(pieces, places)}
+
+
+def of_parameters(alive: Mapping[str, Any], anatomy: Anatomy, pattern: str | None = None) -> dict[str, Mask]:
+    """The way back: masks by the names of tensors on disk, of bools by the names of a training model."""
+    masks = {}
+    for slot, name in anatomy.places.items():
+        whole, i, n = place(slot, anatomy)
+        if whole in alive:
+            part = alive[whole].reshape(n, -1)[i].reshape(slot.shape).cpu()
+            masks[name] = Mask.of(part, pattern)
+    return masks
 
 
 def _refuse_misplaced(source: Any, anatomy: Anatomy, slots: Mapping[str, Slot], name: str, mask: Mask) -> None:

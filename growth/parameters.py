@@ -20,7 +20,7 @@ Place = tuple[str, int, int]  # name in memory, number of the part, of how many
 
 def on_disk(held: Mapping[str, Entry], anatomy: Anatomy) -> dict[str, Entry]:
     """The tensors of a training model by their names on disk."""
-    places = {slot.name: _place(slot, anatomy) for slot in anatomy.places}
+    places = {slot.name: place(slot, anatomy) for slot in anatomy.places}
     known = {name: _part(held[whole], i, n) for name, (whole, i, n) in places.items() if whole in held}
     taken = {whole for whole, _, _ in places.values()}
     return known | {name: entry for name, entry in held.items() if name not in taken}
@@ -38,7 +38,7 @@ def _part(whole: Entry, i: int, n: int) -> Entry:
 
 def name_in_memory(slot: Slot, anatomy: Anatomy) -> str:
     """What a training model calls a tensor, or the whole that it is a part of."""
-    return _place(slot, anatomy)[0]
+    return place(slot, anatomy)[0]
 
 
 def in_memory(stream: Iterable[tuple[str, Piece]], anatomy: Anatomy) -> Iterator[tuple[str, Piece]]:
@@ -46,7 +46,7 @@ def in_memory(stream: Iterable[tuple[str, Piece]], anatomy: Anatomy) -> Iterator
     slots = {slot.name: slot for slot in anatomy.places}
     waiting: dict[str, dict[int, Piece]] = {}
     for name, piece in stream:
-        whole, i, n = _place(slots[name], anatomy)
+        whole, i, n = place(slots[name], anatomy)
         parts = waiting.setdefault(whole, {})
         parts[i] = piece
         if len(parts) == n:
@@ -66,7 +66,7 @@ def _stacked(parts: list[Piece], anatomy: Anatomy) -> Piece:
     return Computed(parts[0].dtype, shape, make)
 
 
-def _place(slot: Slot, anatomy: Anatomy) -> Place:
+def place(slot: Slot, anatomy: Anatomy) -> Place:
     """Where a tensor on disk stands in memory."""
     ways = anatomy.family.in_memory
     end = next((end for end in ways if slot.row.name.endswith(end)), None)

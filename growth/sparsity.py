@@ -17,18 +17,17 @@ from growth.anatomy import Anatomy, dissect
 from growth.bits import FILE, Mask, group
 from growth.errors import UsageError, UserError, did_you_mean
 from growth.families.table import Slot
-from growth.inspect import part
 from growth.masks import is_sparse
 from growth.noise import generator
 from growth.operate import PLAIN, Output, Result, delivered, opened
 from growth.pieces import Computed
 from growth.reindex import Stream, widely
+from growth.scope import AXES, part_of
 
 HOW = ("random", "magnitude")
-SCOPE = ("attention", "ffn")
+SCOPE = tuple(AXES)
 RESCALE = ("none", "sqrt_density")
 SPARSITY = 0.75  # the paper's highest
-ROUTING = {"experts", "one"}  # axes of what chooses among experts and weighs them: a number each, no neurons
 INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by bytes
 
 
@@ -117,8 +116,7 @@ def _fraction(sparsity: float) -> Fraction:
 
 def prunable(anatomy: Anatomy, scope: Sequence[str] = SCOPE) -> list[Slot]:
     """The matrices inside layers that belong to attention or the feed-forward part, by the family's table."""
-    slots = [slot for slot in anatomy.places if slot.part != ".bias" and slot.row.spec.read and slot.row.in_place]
-    return [slot for slot in slots if part(slot) in scope and not ROUTING & set(slot.row.spec.out)]
+    return [slot for slot in anatomy.places if slot.part != ".bias" and part_of(slot.row) in scope]
 
 
 def kept_of(weights: int, sparsity: Fraction) -> int:
@@ -171,7 +169,7 @@ def _in_groups(scores, dim: int, pattern: str):
 
     keep, of = group(pattern)
     groups = scores.movedim(dim, -1).unflatten(-1, (-1, of))  # [..., groups, of]
-    best = groups.argsort(-1, descending=True, stable=True)[..., :keep]
+    best = groups.argsort(dim=-1, descending=True, stable=True)[..., :keep]
     mask = torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, best, True)
     return mask.flatten(-2).movedim(-1, dim).contiguous()
 

@@ -15,8 +15,10 @@ from typing import Any
 
 from growth import families
 from growth.anatomy import Anatomy, dissect
+from growth.bits import Mask
 from growth.errors import UsageError, UserError
 from growth.families.table import Slot
+from growth.masks import masks_of
 from growth.noise import drawn
 from growth.operate import PLAIN, Output, Result, delivered, opened
 from growth.pieces import Computed, Fill, Piece
@@ -103,7 +105,14 @@ def upcycle(
     stream = sparse(checkpoint, anatomy, config, noise, seed)
     facts = {"maps": {"experts": [0] * experts}, "new": {"experts": list(range(experts))},
              "preserves": "approximate" if noise else "exact"}  # fmt: skip
-    return delivered(Result("upcycle", arguments, config, stream, facts), dst, output, checkpoint)
+    result = Result("upcycle", arguments, config, stream, facts, masks=_masks(checkpoint, anatomy, config, noise))
+    return delivered(result, dst, output, checkpoint)
+
+
+def _masks(checkpoint: Any, anatomy: Anatomy, config: Mapping[str, Any], noise: float) -> dict[str, Mask] | None:
+    """Every expert has the mask of what it copies; noise would bring dead weights to life."""
+    masks = masks_of(checkpoint, anatomy)
+    return None if noise else {slot.name: masks[name] for slot, name in origins(anatomy, config) if name in masks}
 
 
 def _table(anatomy: Anatomy) -> Translation:

@@ -10,6 +10,7 @@ from typing import Any
 
 from growth.anatomy import Anatomy, dissect, once
 from growth.errors import UsageError, UserError
+from growth.masks import masks_of
 from growth.noise import drawn
 from growth.operate import PLAIN, Output, Result, delivered, opened
 from growth.pieces import Computed, made
@@ -122,7 +123,8 @@ def vocabulary(
     first = anatomy.sizes["vocab"] if vectors is None else 0
     story = {"maps": {}, "new": {"vocab": list(range(first, len(tokens)))},
              "preserves": "exact" if vectors is None else "no"}  # fmt: skip
-    result = Result("vocabulary", arguments, config, stream, story, carry=vectors is None)
+    masks = masks_of(checkpoint, anatomy)
+    result = Result("vocabulary", arguments, config, stream, story, carry=vectors is None, masks=masks)
     return delivered(result, dst, output, checkpoint)
 
 

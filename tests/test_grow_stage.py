@@ -147,13 +147,16 @@ def test_every_operator_is_applied_as_it_is_planned(place):
         "merge": {"with": ["other"]},
         "vocabulary": {"size": 70},
         "learn": {"factor": 2, "hidden": 60, "ffn": 57, "steps": 2, "batch": 2},
+        "sparsify": {"sparsity": 0.5, "how": "magnitude"},
+        "densify": {},
     }
     assert asked.keys() == OPERATORS.keys()
     read = load(changed={"models": {"small": "small", "other": "other"}})
     planned = preflight.Planned(read, Context(read, Path("out"), 0))
     corpus.prepare(read.corpora["text"], Path("small"), Path("text"))
     for name, fields in asked.items():
-        spec = GrowthSpec(**{"from": "small", "ops": [{name: fields}]})
+        first = [{"sparsify": {}}] if name == "densify" else []
+        spec = GrowthSpec(**{"from": "small", "ops": [*first, {name: fields}]})
         growing.apply(spec.operators(), Path("small"), Path(name), Given(0, Path, lambda: Path("text")))
         plan = planned.grown(spec)
         assert plan.num_parameters() == models.load(Path(name), "causal").num_parameters(), name
@@ -254,8 +257,11 @@ def test_a_disk_that_fills_up_leaves_no_model(place, monkeypatch):
     ("ops", "words"),
     [
         ("[{widn: {ffn: 57}}]", "grown.grow.ops.0: no key 'widn'; did you mean 'widen'?"),
-        ("[upcicle]", "grown.grow.ops.0: 'upcicle' is not one of stack, upcycle; did you mean 'upcycle'?"),
-        ("[widen]", "'widen' is not one of stack, upcycle"),
+        (
+            "[upcicle]",
+            "grown.grow.ops.0: 'upcicle' is not one of stack, upcycle, sparsify, densify; did you mean 'upcycle'?",
+        ),
+        ("[widen]", "'widen' is not one of stack, upcycle, sparsify, densify"),
         ("[{widen: {fnn: 57}}]", "grown.grow.ops.0.widen: no key 'fnn'; did you mean 'ffn'?"),
         ("[{widen: {how: exact}}]", "at least one of hidden, heads, kv_heads, head_size, ffn, vocab, vocab_multiple"),
         ("[{insert: {layers: 1, after: [0]}}]", "exactly one of layers, after is needed, found layers and after"),

@@ -38,9 +38,10 @@ class Cost:
     head: bool  # whether an objective runs the student's head
     teachers: Mapping[str, tuple[Facts, ...]]  # the models that run for each target
     headed: frozenset[str]  # the targets whose heads run as well
-    tokens: int  # places of one step: rows x length
+    tokens: int  # places of one step that the student reads: rows x length
     parts: tuple[Part, ...] = ()  # what of the student may take part, each as often; (): all of it
     passes: Mapping[str | None, int] = field(default_factory=lambda: {None: 1})  # of the student (None) and each target
+    taught: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # places that teachers read, where others
 
     def step(self, part: Part | None = None) -> int:
         """FLOPs of the student: 2 N forward and 4 N backward, each for what ran."""
@@ -58,10 +59,15 @@ class Cost:
 
     def teaching(self, targets: Iterable[str]) -> int:
         """FLOPs of the forward passes of these."""
-        return sum(self._teaching(name, facts) for name in targets for facts in self.teachers[name]) * self.tokens
+        return sum(self._teaching(name, *each) for name in targets for each in self._readers(name))
 
-    def _teaching(self, name: str, facts: Facts) -> int:
-        return 2 * (working(facts, name in self.headed) + (self.passes[name] - 1) * facts.body)
+    def _readers(self, name: str) -> Iterable[tuple[Facts, int]]:
+        """(facts, places of a step) of the models of a target."""
+        several = self.teachers[name]
+        return zip(several, self.taught.get(name, (self.tokens,) * len(several)), strict=True)
+
+    def _teaching(self, name: str, facts: Facts, places: int) -> int:
+        return 2 * (working(facts, name in self.headed) + (self.passes[name] - 1) * facts.body) * places
 
 
 def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts, ...]], length: int) -> Cost:

@@ -85,6 +85,10 @@ class Language:
         """What else the training state is of."""
         return {"factors_digest": students.digest(self.start)} if self.spec.student.lowrank else {}
 
+    def summary(self, entries: list[dict]) -> dict:
+        """What else the metrics of the stage are."""
+        return {}
+
     def export(self, trained: dict[str, torch.Tensor], dst: Path) -> None:
         """An ordinary directory: trained masters, everything else as it was at the start."""
         self._kept.export(self.start, trained, dst)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -66,7 +66,8 @@ def named_losses(spec) -> dict:
 class Data:
     """The rows of every step, for every rank: a pure function of (seed, step).
 
-    `offset`: where its stream begins; `alignments`: of targets that read the same text in ids of their own.
+    `offset`: where its stream begins; `alignments`: of targets that read the same text in ids of their own; `least`:
+    how many rows the smallest batch has.
     """
 
     def __init__(
@@ -78,30 +79,51 @@ class Data:
         device,
         offset: int = 0,
         alignments: Mapping[str, Alignment] = MappingProxyType({}),
+        least: int = 1,
     ):
         self.batches, self.batch, self.micro_batch = batches, batch, micro_batch
         self.packed, self.device, self.offset, self.alignments = packed, device, offset, alignments
+        self.least = least
 
     def __call__(self, step: int, mask: float | None = None) -> list[dict]:
         """The micro-batches of this rank, on its device; `mask` is the masking rate of this step."""
-        mine = range(world.rank(), self.batch // self.micro_batch, world.size())
-        first = self.offset + step * self.batch
-        return [self._load(first + m * self.micro_batch, mask) for m in mine]
+        return list(self._some(step, range(world.rank(), self.batch // self.micro_batch, world.size()), mask))
 
-    def _load(self, position: int, mask: float | None) -> dict:
-        batch = self.batches.at(range(position, position + self.micro_batch), mask)
-        batch = retold(batch if self.packed else corpus.unpack(batch), self.alignments)
-        return {key: value.to(self.device) for key, value in batch.items()}
+    def whole(self, step: int) -> Iterator[dict]:
+        """Those of all ranks."""
+        return self._some(step, range(self.batch // self.micro_batch))
+
+    def smallest(self) -> dict:
+        """The first rows of the stream, as few as a loss can be of. They are whole: a cache knows no half documents."""
+        return self._load(self.offset, self.least, None)
+
+    def _some(self, step: int, numbers: Iterable[int], mask: float | None = None) -> Iterator[dict]:
+        first = self.offset + step * self.batch
+        return (self._load(first + number * self.micro_batch, self.micro_batch, mask) for number in numbers)
+
+    def _load(self, position: int, rows: int, mask: float | None) -> dict:
+        batch = self.batches.at(range(position, position + rows), mask)
+        return moved(retold(batch if self.packed else corpus.unpack(batch), self.alignments), self.device)
+
+
+def moved(batch: dict, device) -> dict:
+    """On a device; batches of rankers have batches inside."""
+    return {key: moved(x, device) if isinstance(x, dict) else x.to(device) for key, x in batch.items()}
+
+
+def tokens(batch: dict) -> int:
+    """Those that are real, of all texts, each once."""
+    texts = [batch["query"], batch["passages"]] if "query" in batch else [batch]
+    return sum(int((text["segment_ids"] > 0).sum()) for text in texts)
 
 
 def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data, parts: Sequence[Part] = ()) -> list[str]:
     """Freeze what no objective reaches (MiniLM: the last output projection and FFN); returns the names.
 
-    Found by one backward pass over one row (one for each part of the student that may be drawn): a parameter without a
-    gradient is outside the graph. Left in, ZeRO's flat partitions would decay it. The row is whole: a cache knows no
-    half documents.
+    Found by one backward pass over the smallest batch (one for each part of the student that may be drawn): a parameter
+    without a gradient is outside the graph. Left in, ZeRO's flat partitions would decay it.
     """
-    batch = {key: value[:1] for key, value in data(0)[0].items()}
+    batch = data.smallest()
     lesson.to(data.device)
     active = {name: fixed(objective, Progress(0, 1)) for name, objective in lesson.objectives.items()}
     for part in parts or (None,):

@@ -18,9 +18,12 @@ from distill.cost import as_much_as
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
 from distill.language import Language
-from distill.lesson import Lesson, freeze_unreachable, named_losses
+from distill.lesson import Lesson, freeze_unreachable, named_losses, tokens
+from distill.lowrank import refactor
 from distill.objectives import Objective
 from distill.preflight import micro_batch
+from distill.ranking import scales
+from distill.ranking.relevance import Relevance
 from distill.schedules import Progress, fixed
 from distill.teachers.targets import Targets
 from growth import console
@@ -64,7 +67,7 @@ class Stage:
         self.seed = context.seed + spec.seed
         self.objectives = named_losses(spec)
         self.micro_batch = micro_batch(context.recipe.engine, spec.optim, world.size())
-        self.subject = Language(spec, context, directory, self.objectives, self.seed)
+        self.subject = (Relevance if spec.ranks else Language)(spec, context, directory, self.objectives, self.seed)
         self.hooks, self.cost = spec.hook_values(), self.subject.cost
         self.offset = extent.offset(spec, context)
         self.steps = extent.steps(directory.name, spec, context, self.subject.corpus, self.cost)
@@ -81,6 +84,7 @@ class Stage:
         parts = self.cost.parts
         for hook in self.hooks:
             hook.prepare(self.student, sources.encoder(self.subject.start))
+        scales.settle(self.directory, self.objectives, self.student, self.targets, self.data)
         frozen = freeze_unreachable(self.lesson, self.targets, self.data, parts)
         phases = {f"student.{name}": when for name, when in hooks.updated_in(self.student, parts).items()}
         engine = Engine(self.lesson, self.context.recipe.engine, self.spec.optim, self.micro_batch, phases)
@@ -111,6 +115,7 @@ class Stage:
             },
             "seconds": round(seconds, 2),
             "tokens_per_second": last["tokens"] / seconds,
+            **self.subject.summary(entries),
             **({"heldout": last["heldout"]} if "heldout" in last else {}),
         }
 
@@ -142,11 +147,16 @@ class Stage:
             averages = [engine.shapes() for _ in self.targets.state()]
             world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes(), *averages)))
             return Spent()
-        updates = partial(hooks.updates, self.cost.parts, self.seed)
-        manifest = snapshot.restore(found, engine, self.belongs(), updates)
+        manifest = snapshot.restore(found, engine, self.belongs(), self._updates)
         self.targets.load(partial(snapshot.beside, found))
         world.first(lambda: _forget_after(self.log, manifest["step"]))
         return Spent.of({**manifest["cursor"], "step": manifest["step"]})
+
+    def _updates(self, steps: int, phases) -> int:
+        """How many of the first steps count for the optimizer: those since it was last made new."""
+        ends = steps, refactor.last(self.hooks, steps)
+        all_of_them, before = (hooks.updates(self.cost.parts, self.seed, end, phases) for end in ends)
+        return all_of_them - before
 
     def _begin(self, needed: int) -> None:
         """An empty log; and no training whose state could not be kept."""
@@ -188,13 +198,14 @@ class Stage:
         part = hooks.drawn(self.cost.parts, self.seed, step)
         active, before = self._active(progress), self.targets.calls
         batches = self.data(step, mask.at(progress) if (mask := self.subject.mask) else None)
-        counts, real = self._count(batches, active)
+        counts, real, pairs = self._count(batches, active)
         sums, teaching = self._learn(engine, batches, active, counts, part)
         *totals, stop = world.agree(*sums.values(), float(stopped()))
         means = {key: total / counts[key] for key, total in zip(sums, totals, strict=True)}
         self._insist_on_finite(means, step)
-        lr = self.spec.lr.at(progress)
+        lr = self.spec.lr.at(progress) * refactor.warmth(self.hooks, step)
         norm = engine.step(lr, part)
+        refactor.after(self.hooks, engine, self.lesson, step + 1, self.steps)
         self.targets.moved(engine, progress)
         seconds = time.perf_counter() - began
         taught = {objective.target for objective in active.values() if objective.target}
@@ -209,6 +220,7 @@ class Stage:
             "weights": {name: objective.weight.value for name, objective in active.items()},
             **({"depth": part.depth} if part else {}),
             "tokens_per_second": real / seconds,
+            **({"pairs_per_second": pairs / seconds} if pairs else {}),
             "seconds": seconds,
             "teacher_share": teaching / seconds,
             "teacher_forwards": {name: n - before[name] for name, n in self.targets.calls.items()},
@@ -236,16 +248,20 @@ class Stage:
             sums.update({key: float(value.detach()) for key, value in terms.items()})
         return sums, teaching
 
-    def _count(self, batches: list[dict], active: dict) -> tuple[dict[str, float], float]:
-        """The denominators of the whole step, over all micro-batches and ranks, before any forward pass; its tokens."""
+    def _count(self, batches: list[dict], active: dict) -> tuple[dict[str, float], float, float]:
+        """The denominators of the whole step, over all micro-batches and ranks, before any forward pass.
+
+        And its tokens and pairs of a query and a passage.
+        """
         counts: Counter = Counter()
         for batch in batches:
-            counts["tokens"] += int((batch["segment_ids"] > 0).sum())
+            counts["tokens"] += tokens(batch)
+            counts["pairs"] += len(batch["pairs"]) if "pairs" in batch else 0
             for name, objective in active.items():
                 counts.update({f"{name}.{k}": float(n) for k, n in objective.count(batch).items()})
         whole = dict(zip(counts, world.agree(*counts.values()), strict=True))
-        tokens = whole.pop("tokens")
-        return {key: max(n, 1.0) for key, n in whole.items()}, tokens  # nothing to count: the sum is 0, and so the mean
+        read = whole.pop("tokens"), whole.pop("pairs")
+        return {key: max(n, 1.0) for key, n in whole.items()}, *read  # nothing to count: the sum is 0, and so the mean
 
     def _insist_on_finite(self, means: dict[str, float], step: int) -> None:
         bad = {key: value for key, value in means.items() if not math.isfinite(value)}
@@ -274,7 +290,8 @@ def memory() -> int:
 def _note(entry: dict) -> str:
     terms = "  ".join(f"{name.split('.')[-1]} {value:.4f}" for name, value in entry["terms"].items())
     heldout = f"  held-out {entry['heldout']:.4f}" if "heldout" in entry else ""
-    return f"{terms}{heldout}  {count(entry['tokens_per_second'])} tok/s"
+    pairs = f"  {count(entry['pairs_per_second'])} pairs/s" if "pairs_per_second" in entry else ""
+    return f"{terms}{heldout}{pairs}  {count(entry['tokens_per_second'])} tok/s"
 
 
 def _forget_after(log: Path, step: int) -> None:

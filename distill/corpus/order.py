@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-SHUFFLE, MASK, PART = 1, 2, 3  # what numbers are drawn for: streams of one seed that share nothing
+SHUFFLE, MASK, PART, NEGATIVES = 1, 2, 3, 4  # what numbers are drawn for: streams of one seed that share nothing
 
 
 def raw(n: int, seed: int, purpose: int, epoch: int, item: int = 0) -> np.ndarray:

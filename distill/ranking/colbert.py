@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,10 +10,8 @@ from distill import loading
 from distill.objectives.score_lists import wide
 from distill.ranking.encoding import Texts, encoded, flush, padded
 from distill.ranking.kinds import ColBERTKind
-from distill.ranking.ranker import Ranker
+from distill.ranking.ranker import Ranker, in_chunks
 from growth.errors import UserError
-
-NUMBERS, NUMBERS_ON_A_GPU = 2**22, 2**27  # of the copies and similarities of a chunk of pairs: guesses
 
 
 class ColBERT(Ranker):
@@ -43,27 +39,20 @@ def maxsim(queries: Tensor, query_real: Tensor, passages: Tensor, passage_real: 
     """Of pairs [P, 2]: the sum over real query tokens of the maximum over real passage tokens of their dot products.
 
     Vectors [N, T, k] and masks [N, T] of both sides. Padding of a passage is minus infinity before the maximum, that of
-    a query zero after it, so that similarities below zero are kept. Which tokens match is found in chunks and without
-    gradient; the dot products are then those of the matches alone.
+    a query zero after it, so that similarities below zero are kept. Which tokens match is found without gradient; the
+    dot products are then those of the matches alone.
     """
-    q, p = pairs.unbind(1)
-    with torch.no_grad():
-        best = [_best(queries[q[c]], passages[p[c]], passage_real[p[c]]) for c in _chunks(queries, passages, len(q))]
-    matched = passages[p[:, None], torch.cat(best)] if best else passages.new_zeros(0, *queries.shape[1:])
-    found = (queries[q] * matched).sum(-1)  # [P, Tq]
-    return found.masked_fill(~query_real[q], 0).sum(-1)
 
+    def some(pairs: Tensor) -> Tensor:
+        q, p = pairs.unbind(1)
+        with torch.no_grad():
+            similar = (queries[q] @ passages[p].mT).masked_fill(~passage_real[p][:, None, :], -torch.inf)
+            best = similar.argmax(-1)  # [c, Tq]
+        found = (queries[q] * passages[p[:, None], best]).sum(-1)  # [c, Tq]
+        return found.masked_fill(~query_real[q], 0).sum(-1)
 
-def _best(queries: Tensor, passages: Tensor, real: Tensor) -> Tensor:
-    """[c, Tq]"""
-    return (queries @ passages.mT).masked_fill(~real[:, None, :], -torch.inf).argmax(-1)
-
-
-def _chunks(queries: Tensor, passages: Tensor, pairs: int) -> Iterator[slice]:
-    most = NUMBERS if queries.device.type == "cpu" else NUMBERS_ON_A_GPU
     (_, a, k), b = queries.shape, passages.shape[1]
-    some = max(1, most // ((a + b) * k + a * b))
-    return (slice(i, i + some) for i in range(0, pairs, some))
+    return in_chunks(pairs, (a + b) * k + a * b, some)
 
 
 def _augmented(queries: Texts, masks: int, token: int) -> Texts:

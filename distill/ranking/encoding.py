@@ -5,7 +5,10 @@ Several share a row where the family can keep them apart, which was faster; else
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +23,7 @@ from growth.errors import UserError
 
 # Places of a pass through the encoder, padding counted: the first is measured (benchmarks/LOG.md), the second a guess
 PLACES, PLACES_ON_A_GPU = 1024, 2**17
+AT_ONCE = ContextVar("at once", default=False)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,19 @@ def passes(order: Tensor, lengths: list[int]) -> Iterator[Tensor]:
             start = end
 
 
+@contextmanager
+def passes_at_once(whole: bool) -> Iterator[None]:
+    """Inside, whether all texts are one pass, whatever their number."""
+    token = AT_ONCE.set(whole)
+    try:
+        yield
+    finally:
+        AT_ONCE.reset(token)
+
+
 def _most(like: Tensor) -> int:
+    if AT_ONCE.get():
+        return sys.maxsize
     return PLACES if like.device.type == "cpu" else PLACES_ON_A_GPU
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from distill.objectives.score_lists import wide
 from distill.ranking.encoding import Texts, encoded, padded
 from distill.ranking.kinds import TKKind
-from distill.ranking.ranker import Ranker, WideLinear
+from distill.ranking.ranker import Ranker, WideLinear, in_chunks
 
 LEAST = 1e-10  # of a soft count, before its logarithm: a word may have no like
 SPREAD = 0.014  # of the first weights of the kernels, which see logarithms down to -23
@@ -35,12 +35,17 @@ class TK(Ranker):
         return F.normalize(torch.lerp(contextual, words, wide(self.mixture)), dim=-1)
 
     def score(self, queries: Texts, passages: Texts, pairs: Tensor) -> Tensor:
-        q, p = pairs.unbind(1)
-        cosines = self.vectors(queries)[q] @ self.vectors(passages)[p].mT  # [P, Tq, Td]
-        hidden = ~passages.real[p][:, None, :]
-        counts = [self._response(cosines, centre).masked_fill(hidden, 0).sum(-1) for centre in self.kind.centres]
-        logs = torch.stack(counts, -1).clamp(min=LEAST).log()  # [P, Tq, kernels]
-        return self.linear(logs.masked_fill(~queries.real[q][:, :, None], 0).sum(1))[:, 0]
+        asked, said = self.vectors(queries), self.vectors(passages)
+
+        def some(pairs: Tensor) -> Tensor:
+            q, p = pairs.unbind(1)
+            cosines, hidden = asked[q] @ said[p].mT, ~passages.real[p][:, None, :]  # [P, Tq, Td]
+            counts = [self._response(cosines, centre).masked_fill(hidden, 0).sum(-1) for centre in self.kind.centres]
+            logs = torch.stack(counts, -1).clamp(min=LEAST).log()  # [P, Tq, kernels]
+            return logs.masked_fill(~queries.real[q][:, :, None], 0).sum(1)
+
+        (_, a, k), b = asked.shape, said.shape[1]
+        return self.linear(in_chunks(pairs, (a + b) * k + a * b * len(self.kind.centres), some))[:, 0]
 
     def _response(self, cosines: Tensor, centre: float) -> Tensor:
         return torch.exp((cosines - centre).square() / (-2 * self.kind.width**2))

@@ -40,6 +40,11 @@ class Form:
         """A directory of transformers, with the tokenizer."""
         return sources.encoder(self.path)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights, and of all that says how they compute."""
+        return files.digest([sources.identity(self.path), kinds.written(self.kind)])
+
 
 @dataclass(frozen=True, eq=False)
 class Opened:
@@ -47,7 +52,7 @@ class Opened:
 
     ranker: Ranker
     tokenizer: object
-    model_digest: str  # of its weights, and of what says how they compute
+    model_digest: str  # that of its form
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -94,11 +99,13 @@ class Opened:
         return torch.cat(found).float().cpu() if found else torch.zeros(0)
 
     def _of_some(self, pairs: Sequence[Pair]) -> Tensor:
-        queries, passages = (
-            {text: i for i, text in enumerate(dict.fromkeys(side))} for side in zip(*pairs, strict=True)
-        )
-        rows = torch.tensor([[queries[q], passages[p]] for q, p in pairs], device=self.ranker.encoder.device)
-        return self.ranker(self.queries(list(queries)), self.passages(list(passages)), rows)
+        return self.ranker(*self.read(pairs))
+
+    def read(self, pairs: Sequence[Pair]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """What the ranker takes: queries and passages, each text once, and the rows of pairs [P, 2]."""
+        sides = [{text: i for i, text in enumerate(dict.fromkeys(side))} for side in zip(*pairs, strict=True)]
+        rows = torch.tensor([[sides[0][q], sides[1][p]] for q, p in pairs], device=self.ranker.encoder.device)
+        return self.queries(list(sides[0])), self.passages(list(sides[1])), rows
 
 
 def token_ids(tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
@@ -116,19 +123,21 @@ def token_ids(tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
 
 def opened(context, reference: str) -> Opened:
     """A model or stage of a run by its name, in the precision that it computes in."""
-    spec = context.recipe.models.get(reference)
-    given = spec.ranker.kind if spec and spec.ranker else None
-    dtype = getattr(torch, context.dtype(reference))
-    return open_at(form(context.model(reference), given, reference), dtype)
+    return open_at(form_of(context, reference), getattr(torch, context.dtype(reference)))
 
 
 def open_at(found: Form, dtype: torch.dtype = torch.float32) -> Opened:
-    ranker = models.freeze(_loaded(found, dtype)).to(world.device())
-    digest = files.digest([sources.identity(found.path), kinds.written(found.kind)])
-    return Opened(ranker, tokens.load(found.encoder), digest)
+    ranker = models.freeze(loaded(found, dtype)).to(world.device())
+    return Opened(ranker, tokens.load(found.encoder), found.digest)
 
 
-def _loaded(found: Form, dtype: torch.dtype) -> Ranker:
+def form_of(context, reference: str) -> Form:
+    """What a model or stage of a run is as a ranker, before a weight is read."""
+    spec = context.recipe.models.get(reference)
+    return form(context.model(reference), spec.ranker.kind if spec and spec.ranker else None, reference)
+
+
+def loaded(found: Form, dtype: torch.dtype = torch.float32) -> Ranker:
     if sources.scores_pairs(found.path):
         return rankers.load(found.path, dtype)
     head = "classify" if isinstance(found.kind, ClassifierKind) else None
@@ -136,7 +145,7 @@ def _loaded(found: Form, dtype: torch.dtype) -> Ranker:
 
 
 def form(path: Path, given: RankerKind | None = None, name: str | None = None) -> Form:
-    """What a directory is as a ranker, or why it is none, without reading a weight. `given`: its `ranker:`."""
+    """What a directory is as a ranker, or why it is none. `given`: its `ranker:`."""
     path, name = Path(path), name or str(path)
     kind = _kind(path, given, name)
     found = Form(path, kind)
@@ -144,7 +153,7 @@ def form(path: Path, given: RankerKind | None = None, name: str | None = None) -
     if longest is not None and kind.longest > longest:
         raise UserError(
             f"{name}: query_length {kind.query_length} and passage_length {kind.passage_length} make texts of "
-            f"{kind.longest} tokens, and its encoder reads {longest}"
+            f"{kind.longest} tokens, and its encoder reads {longest}; make one of them smaller"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,10 +38,20 @@ def build(kind: RankerKind, encoder: nn.Module, *, seed: int = 0) -> Ranker:
         return MODULES[type(kind)](encoder, kind).eval()
 
 
-def save(ranker: Ranker, directory: str | Path, *, tokenizer: Path | None = None, overwrite: bool = False) -> Path:
-    """Its directory, whole or not at all; `tokenizer` is a directory whose tokenizer goes into `encoder/`."""
+def save(
+    ranker: Ranker,
+    directory: str | Path,
+    *,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    story: Mapping[str, str] | None = None,
+) -> Path:
+    """Its directory, whole or not at all; `tokenizer` is a directory whose tokenizer goes into `encoder/`.
+
+    Its lineage goes with it; `story` is what that must say otherwise.
+    """
     with files.committed(directory, overwrite=overwrite) as temporary:
-        models.save(ranker.encoder, temporary / ENCODER, carry=tokenizer)
+        models.save(ranker.encoder, temporary / ENCODER, carry=tokenizer, story=story)
         if head := ranker.head():
             write_file(temporary / HEAD, list(head.items()))
         files.write_json(temporary / ABOUT, kinds.written(ranker.kind))

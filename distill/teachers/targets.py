@@ -14,6 +14,7 @@ from distill import models, views, world
 from distill.heads import Mixture
 from distill.objectives import scored
 from distill.objectives.protocol import Needs, Objective, View
+from distill.ranking.scoring import scored_pairs
 from distill.schedules import Progress, Schedule
 from distill.taps import Trace, trace
 from distill.teachers import cached
@@ -100,6 +101,8 @@ def traced(model: nn.Module, batch: dict, needs: Iterable[Needs], side: str) -> 
     needs = list(needs)
     wanted = sorted({tap for need in needs for tap in getattr(need, side)})
     heads = {need.head for need in needs if need.head and (side == "student" or need.target_head)}
+    if "rank" in heads:
+        return Trace({}, {}, causal=False, scores=scored_pairs(model, batch, needs))
     if "classify" in heads:
         return trace(model, batch, wanted, classify=True)
     rows = scored(batch["labels"], batch["segment_ids"], causal="causal" in heads)[0] if heads else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -162,10 +162,27 @@ class Engine:
         for name, p in self._trainable():
             yield name, self._get(p, key).cpu()
 
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full float32 weight) of every trainable parameter, on its device, to be read at once. Collective."""
-        for name, p in self._trainable():
+    def masters(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, full float32 weight) of every trainable parameter, on its device, to be read at once. Collective.
+
+        `names`: of these alone.
+        """
+        for name, p in self._trainable(names):
             yield name, self._get(p, "master")
+
+    def working(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The same of the copies that the forward pass reads, in its precision."""
+        for name, p in self._trainable(names):
+            with self._whole(p):
+                yield name, p.detach()
+
+    @torch.no_grad()
+    def clear(self, dead: Mapping[str, Tensor]) -> None:
+        """Set to zero what these masks cover: of the master, both moments and the working copy. Collective."""
+        self._link()
+        for name, p in self._trainable(dead):
+            for key in KEYS if self._base.state else KEYS[:1]:
+                self._set(p, key, self._get(p, key).masked_fill(dead[name], 0.0))
 
     def load_state(self, read: Callable[[str, str], Tensor | None], updates: Callable[[Phases], int]) -> None:
         """Put back what `state` gave: `read(name, key)` returns a full tensor, or None to leave the moment at zero.
@@ -186,9 +203,9 @@ class Engine:
         self.engine.destroy()
         nn.functional.linear = self._linear
 
-    def _trainable(self):
+    def _trainable(self, names: Container[str] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         named = dict(self.engine.module.named_parameters())
-        return ((name, named[name]) for name in self.names)
+        return ((name, named[name]) for name in self.names if names is None or name in names)
 
     @property
     def _rounds(self) -> bool:
@@ -270,12 +287,13 @@ class Engine:
 
     def _set_low_precision(self, p: nn.Parameter, value: Tensor) -> None:
         """The copy that the forward pass reads: DeepSpeed's setters leave it as it was until the next step."""
-        if self.stage == 3:
-            with _deepspeed().zero.GatheredParameters([p], modifier_rank=0):
-                if world.rank() == 0:
-                    p.data.copy_(value)
-        else:
-            p.data.copy_(value)
+        with self._whole(p, modifier_rank=0):
+            if self.stage < 3 or world.rank() == 0:
+                p.data.copy_(value)
+
+    def _whole(self, p: nn.Parameter, modifier_rank: int | None = None):
+        """Stage 3 keeps a shard of the working copy a rank; inside, `p` is all of it."""
+        return _deepspeed().zero.GatheredParameters([p], modifier_rank, enabled=self.stage == 3)
 
     def _plain_norm(self) -> float:
         """Stage 0 in float32 is bare torch: nothing below us would refuse a gradient that is not finite."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from distill import world
@@ -25,7 +26,9 @@ from growth.files import committed, ensure_space, fault, read_json, sha256, writ
 
 VERSION = 1
 
-Beside = Mapping[str, Mapping[str, Tensor]]  # file -> name -> float32 tensor, the same on every rank
+DTYPES = {torch.float32: ("F32", 4), torch.uint8: ("U8", 1)}
+
+Beside = Mapping[str, Mapping[str, Tensor]]  # file -> name -> tensor, all of one of these types, the same on every rank
 
 
 def save(
@@ -62,14 +65,16 @@ def _write(final: Path, stream: Iterator, shapes: dict, beside: Beside, manifest
             _write_file(directory / f"{key}.safetensors", shapes, (next(stream)[2] for _ in shapes))
             fault("snapshot.after_file")
         for file, named in beside.items():
-            _write_file(directory / f"{file}.safetensors", others[file], (tensor.cpu() for tensor in named.values()))
+            (dtype,) = {tensor.dtype for tensor in named.values()}
+            tensors = (tensor.cpu() for tensor in named.values())
+            _write_file(directory / f"{file}.safetensors", others[file], tensors, dtype)
         files = {f"{key}.safetensors": _facts(directory / f"{key}.safetensors") for key in (*KEYS, *beside)}
         fault("snapshot.before_manifest")
         write_json(directory / "manifest.json", {**manifest, "files": files})
 
 
 def state_bytes(shapes: dict, *beside: dict) -> int:
-    """Bytes of one snapshot: float32 master and two moments, and what is beside them."""
+    """Bytes of one snapshot: float32 master and two moments, and what is beside them (bits count too much)."""
     every = [*shapes.values()] * len(KEYS) + [shape for file in beside for shape in file.values()]
     return 4 * sum(map(_numel, every))
 
@@ -81,12 +86,12 @@ def _numel(shape: tuple[int, ...]) -> int:
     return n
 
 
-def _write_file(path: Path, shapes: dict, tensors: Iterator[Tensor]) -> None:
+def _write_file(path: Path, shapes: dict, tensors: Iterator[Tensor], dtype: torch.dtype = torch.float32) -> None:
     """A safetensors file written one tensor at a time, so that rank 0 never holds more than one."""
-    header, end = {}, 0
+    (code, width), header, end = DTYPES[dtype], {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * _numel(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + width * _numel(shape)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:

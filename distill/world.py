@@ -110,6 +110,16 @@ def agree(*values: float) -> list[float]:
     return total.tolist()
 
 
+def total(tensor):
+    """The sum of a tensor over all ranks, in place."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        start()
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def first(work: Callable[[], T]) -> T | None:
     """Rank 0 does `work`, the others wait; if it fails, every rank fails (the others with a plain message)."""
     result, failure = None, None

@@ -1,0 +1,178 @@
+"""What masks must keep on every ZeRO stage, in fp32 and bf16; one process a rank runs them all, result as JSON.
+
+The engine gives back what stage 3 patches, so that the stages can follow each other in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from engine_cases import shared_directory
+from torch import nn
+
+from distill import snapshot, world
+from distill.engine import KEYS, Engine
+from distill.sparsity.choosing import largest, rewired
+from distill.sparsity.masking import Masking
+from growth.errors import UserError
+
+BATCH, LR, STEPS = 8, 0.01, 6
+OPTIM = {"batch": BATCH, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
+SPOILT = "pairs.1.0.weight"
+
+
+class Net(nn.Module):
+    """Three pairs of matrices of 315 weights, an odd number, so that no shard ends where a tensor does."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        self.pairs = nn.ModuleList(nn.ModuleList([nn.Linear(15, 21), nn.Linear(21, 15)]) for _ in range(3))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.3 * torch.randn(p.shape, generator=g))
+
+    def forward(self, x, y):
+        x = x.to(self.pairs[0][0].bias.dtype)
+        for up, down in self.pairs:
+            x = x + down(torch.tanh(up(x)))
+        return (x.float() - y).square().sum()
+
+
+def rows(step: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return tuple(torch.randn(BATCH, 15, generator=g)[first : first + count] for _ in range(2))
+
+
+def masks(net: nn.Module) -> dict[str, torch.Tensor]:
+    """A quarter of each matrix."""
+    g = torch.Generator().manual_seed(7)
+    return {name: torch.rand(p.shape, generator=g) < 0.25 for name, p in net.named_parameters() if p.dim() > 1}
+
+
+def changed(step: int, weights, dead: dict, heard) -> dict[str, torch.Tensor]:
+    """After the third step a third of the live weights moves to where gradients are largest, after the fourth the
+    larger half of all stays."""
+    if step == 2:
+        scores, current = {name: g.abs() for name, g in heard().items()}, dict(weights())
+        return {name: rewired(current[name], dead[name], scores[name], 0.3) for name in dead}
+    return largest(weights, dead, 200) if step == 3 else {}
+
+
+class Run:
+    def __init__(self, stage: int, precision: str, masked: bool = True):
+        self.net = Net()
+        dict(self.net.named_parameters())[SPOILT].register_hook(self._spoil)
+        self.masking = Masking(self.net, masks(self.net) if masked else {})
+        spec = SimpleNamespace(zero=stage, precision=precision, deepspeed={})
+        self.engine = Engine(self.net, spec, SimpleNamespace(**OPTIM), 2)
+        self.norms, self.dead, self.moved = [], 0, True
+
+    def _spoil(self, gradient):
+        """A dead weight whose gradient is not a number."""
+        found = gradient.clone()
+        found.view(-1)[self.masking.dead[SPOILT].flatten().nonzero()[0]] = torch.nan
+        return found
+
+    def step(self, step: int) -> None:
+        if step == 2:
+            self.masking.listen()
+        for m in range(world.rank(), BATCH // 2, world.size()):
+            self.engine.backward(self.engine(*rows(step, 2 * m, 2)) / BATCH)
+        self.norms.append(self.engine.step(LR))
+        names = self.masking.trained
+        new = changed(step, lambda: self.engine.masters(names), self.masking.dead, self.masking.heard)
+        if new:
+            self.masking.change(self.engine, new)
+
+    def watched(self, step: int) -> None:
+        """A step, and what of it is not zero where it should be, or zero where it should not."""
+        before = dict((n, w.clone()) for n, w in self.engine.masters())
+        self.step(step)
+        dead = self.masking.dead
+        copies = [self.engine.working(dead), *(self.engine.state(key) for key in KEYS)]
+        self.dead += sum(int(w[dead[name]].ne(0).sum()) for copy in copies for name, w in copy if name in dead)
+        self.moved &= all(bool((w != before[n])[~dead[n]].any()) for n, w in self.engine.masters() if n in dead)
+        self.masking.check(self.engine)
+
+    def state(self) -> dict:
+        return {(key, name): tensor.clone() for key in KEYS for name, tensor in self.engine.state(key)}
+
+
+def exact(stage: int, precision: str) -> dict:
+    run = Run(stage, precision)
+    for step in range(STEPS):
+        run.watched(step)
+    weights = torch.cat([w.flatten() for _, w in run.engine.state("master")])
+    found = {"dead": run.dead, "moved": run.moved, "norms": run.norms, "weights": weights.tolist()}
+    run.engine.close()
+    return found
+
+
+def resumes(stage: int, precision: str) -> bool:
+    """Four steps, in which masks have changed, a snapshot, two more; against a new run that has read it."""
+    run = Run(stage, precision)
+    for step in range(4):
+        run.step(step)
+    with shared_directory() as parent:
+        path = snapshot.save(parent, 4, run.engine, {}, {}, beside=run.masking.state())
+        for step in range(4, 6):
+            run.step(step)
+        end = run.state()
+        run.engine.close()
+        again = Run(stage, precision)
+        snapshot.verify(path)
+        snapshot.restore(path, again.engine, {})
+        again.masking.load(partial(snapshot.beside, path))
+        again.masking.check(again.engine)
+        for step in range(4, 6):
+            again.step(step)
+        found = again.state()
+        again.engine.close()
+        world.barrier()
+    return all(torch.equal(end[key], found[key]) for key in end)
+
+
+def guarded(stage: int, precision: str) -> str:
+    """What the guard says of one weight that came back."""
+    run = Run(stage, precision)
+    name = "pairs.2.1.weight"
+
+    def read(other, key):
+        if (other, key) != (name, "master"):
+            return None
+        weight = dict((n, w.clone()) for n, w in run.engine.state("master"))[name]
+        weight.view(-1)[run.masking.dead[name].flatten().nonzero()[0]] = 0.5
+        return weight
+
+    run.engine.load_state(read, lambda phases: 0)
+    try:
+        run.masking.check(run.engine)
+        return ""
+    except UserError as error:
+        return str(error)
+    finally:
+        run.engine.close()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    stages = [int(stage) for stage in sys.argv[1:]] or range(4)
+    print(
+        json.dumps(
+            {
+                f"{stage} {precision}": exact(stage, precision)
+                | {"resumes": resumes(stage, precision), "guarded": guarded(stage, precision)}
+                for stage in stages
+                for precision in ("fp32", "bf16")
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,10 @@ steps. In between, every prune keeps the same share of what was left; quality fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from growth.errors import UsageError
 
@@ -30,9 +31,9 @@ class Gradual:
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise UsageError(f"sparsity {self.sparsity}: a share between 0 and 1, which pruning ends at")
-        if not 0 <= self.dense < self.pruned <= 1:
-            raise UsageError(f"pruning from {self.dense} to {self.pruned} of the compute: from 0 to 1, in this order")
-        if self.every < 1 or self.end <= self.start:
+        if not 0 <= self.dense < self.pruned < 1:
+            raise UsageError(f"pruning from {self.dense} to {self.pruned} of the compute: 0 to below 1, in this order")
+        if self.every < 1 or not self.start < self.end < self.steps:
             raise UsageError(
                 f"{self.steps} steps leave no time to prune every {self.every}: at most every {self._coarsest} of them"
             )
@@ -53,17 +54,17 @@ class Gradual:
         """Where pruning begins and ends, as shares of the steps."""
         return self.dense * self.mean, 1 - (1 - self.pruned) * self.mean / self.final
 
-    @property
+    @cached_property
     def start(self) -> int:
         """The step of the first prune."""
         return self._whole(self.fractions[0])
 
-    @property
+    @cached_property
     def end(self) -> int:
         """The step of the last one."""
         return self._whole(self.fractions[1])
 
-    @property
+    @cached_property
     def prunes(self) -> range:
         """The steps that a prune comes before."""
         return range(self.start, self.end + 1, self.every)
@@ -73,14 +74,19 @@ class Gradual:
         done = min(max((step - self.start) // self.every + 1, 0), len(self.prunes))
         return self.final ** (done / len(self.prunes))
 
-    @cached_property
+    def phases(self, until: int) -> Iterator[tuple[int, float]]:
+        """(steps, density) of what comes before a step, between one prune and the next."""
+        edges = [0, *(step for step in self.prunes if step < until), until]
+        yield from ((later - step, self.density(step)) for step, later in pairwise(edges) if later > step)
+
+    @property
     def average(self) -> float:
         """The mean density over all steps, exactly."""
-        return average((1, self.density(step)) for step in range(self.steps))
+        return average(self.phases(self.steps))
 
     def share(self, step: int) -> float:
         """Of the compute of linear layers, what is spent before a step."""
-        return sum(self.density(i) for i in range(step)) / (self.average * self.steps)
+        return sum(n * density for n, density in self.phases(step)) / (self.average * self.steps)
 
     def _whole(self, fraction: float) -> int:
         return round(fraction * self.steps / self.every) * self.every

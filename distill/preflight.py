@@ -166,10 +166,10 @@ def _of_growth(stage: Stage, planned: Planned) -> list[str]:
 
 
 def _of_data(stage: Stage, planned: Planned) -> Iterator[str]:
-    text = fitting.Text(stage.data.from_, planned)
+    text = fitting.Text(stage.data.from_, planned) if stage.data.reads == "text" else None
     for name, op in stage.data.operations():
         yield from (f"stages.{stage.id}.data.{name}: {what}" for what in op.check(planned, text))
-        text = text.after(op)
+        text = text and text.after(op)
 
 
 def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from distill.refine import OPS
+from distill.specs import BM25
 from distill.strict_yaml import Mistake, Path
 from growth.errors import did_you_mean
 
@@ -48,7 +49,6 @@ REFERENCES = {
 }
 MAKE_MODELS = {"train", "grow"}  # kinds of stages whose result is a model
 RESERVED = {"corpora", "collections"}  # directories of a run that no stage may have
-BM25 = "bm25"  # what finds documents without a model
 GIVEN = {"models": "model", "corpora": "corpus", "collections": "collection"}  # keys of a recipe
 SAID = {
     "model": "model",

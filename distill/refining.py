@@ -16,7 +16,14 @@ def refine(spec, context, directory: Path) -> dict[str, Any]:
     if spec.makes == "corpus":
         return world.first(lambda: _one_after_another(spec, src, out, context))
     ((name, op),) = spec.operations()
+    if spec.makes == "groups":
+        return {name: world.first(lambda: _anew(op, src, out, context))}
     return {name: op.apply(src, out, context)}
+
+
+def _anew(op, src, out: Path, context) -> dict[str, Any]:
+    shutil.rmtree(out, ignore_errors=True)  # whole, but of a run that was killed before it could say so
+    return op.apply(src, out, context)
 
 
 def _one_after_another(spec, src: Path, out: Path, context) -> dict[str, Any]:

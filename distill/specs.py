@@ -14,6 +14,7 @@ from distill.schedules import Several, Value
 Name = Annotated[str, Field(pattern=mistakes.NAME)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+BM25 = "bm25"  # what finds documents without a model
 DOCSTRINGS = "docstrings"  # the collection that is always at hand
 
 

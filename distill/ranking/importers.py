@@ -7,18 +7,22 @@ score is kept by texts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from distill import scores
 from distill.ranking import rows, stores
 from distill.ranking.collection import ALLOWED, Collection, Missing
+from distill.ranking.groups import Groups
 from distill.scores import Reader, Writer, pair_keys
 from growth import files
+from growth.console import say
 from growth.errors import UserError
 
 BLOCK = 1 << 14  # rows
@@ -55,13 +59,34 @@ def store(
     """
     file, found = Path(file), Imported()
     about = stores.about([_producer(file, teacher, activation)], stores.LOGIT if activation == "none" else activation)
-    with Writer(out, about) as writer:
+    with Writer(out, about, seconds=math.inf) as writer:
         for keys, values in _blocks(file, collection, found.missing):
             writer.add(keys, {stores.SCORE: values})
         found.missing.refuse_many(file, allowed)  # before the last shard is written
     scores.seal(out)
     _compare(Reader(out), _blocks(file, collection, Missing()), found)
     return found
+
+
+def bring(
+    file: Path, out: Path, collection: Collection, groups: Groups | None, *, allowed: float, **whose: str
+) -> dict[str, Any]:
+    """A file of either form into the store in `out`; what stage.json says of it."""
+    named = of_ids(file, collection)
+    found = store(file, out, collection=collection if named else None, allowed=allowed, **whose)
+    say(str(found))
+    told = asdict(found) | {"missing": {"rows": found.missing.rows, "lost": found.missing.lost}}
+    return told | ({"margins": stores.told(out, collection, groups)} if groups else {})
+
+
+def of_ids(file: Path, collection: Collection) -> bool:
+    """Whether a file names what it scores by id, by its first row: a column that no key names may hold either."""
+    first = next(iter(rows.read(file, ids=True)), None)
+    if first is None:
+        raise UserError(f"{file} is empty; expected {rows.FORMS} columns, or {rows.RECORD}")
+    if not first.ids or first.query in collection.queries:
+        return first.ids
+    return all(name.isdecimal() for name in (first.query, *first.documents))
 
 
 def _producer(file: Path, teacher: str, activation: str) -> dict:

@@ -8,8 +8,9 @@ text, is never among its negatives. Answers that nobody has labelled are common 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,10 @@ from distill.ranking.groups import Group, Groups
 from distill.ranking.trec import Run, ranked
 from distill.scores import Reader
 from growth import files
+from growth.console import say
 from growth.errors import UsageError, UserError
 
+Search = Callable[[Mapping[str, str], Mapping[str, str], int], Run]  # documents, queries, how many of each
 VERSION = 1  # of the rules below: another number means mine again
 
 
@@ -104,10 +107,38 @@ def by_words(
 
     settings = {"depth": depth, "skip": skip, "at_least": at_least}
     about = {"by": "bm25", "k1": search.K1, "b": search.B, "collection": collection.digest, **settings}
+    return cached(directory, about, lambda: _searched(collection, search.by_words, settings))
 
-    def make() -> Groups:
-        asked = {query: collection.queries[query] for query in collection.judgements if query in collection.queries}
-        # the answers themselves, and texts equal to them, come out of these again
-        return candidates(collection, search.BM25(collection.documents).run(asked, depth), **settings)
 
-    return cached(directory, about, make)
+def mine(collection: Collection, out: Path, find: Search, *, by: str, **settings: int) -> dict[str, Any]:
+    """The groups in `out` of what a search finds; what stage.json says of them."""
+    found = _searched(collection, find, settings)
+    groups.save(out, found, {"version": VERSION, "by": by, "collection": collection.digest, **settings})
+    without = len(collection.judgements) - len(set(found.query.tolist()))
+    say(
+        f"{len(found)} groups with {len(found.negative)} negatives, {len(found.negative) / len(found):.1f} each"
+        + (f"; {without} judged queries have none" if without else "")
+    )
+    return {"groups": len(found), "negatives": len(found.negative), "queries_without": without}
+
+
+def _searched(collection: Collection, find: Search, settings: Mapping[str, int]) -> Groups:
+    asked = {query: collection.queries[query] for query in collection.judgements if query in collection.queries}
+    # the answers themselves, and texts equal to them, come out of these again
+    return candidates(collection, find(collection.documents, asked, settings["depth"]), **settings)
+
+
+def drop(collection: Collection, found: Groups, reader: Reader, told: FalseNegatives, out: Path) -> dict[str, Any]:
+    """The groups in `out` without false negatives; what stage.json says of them."""
+    kept = filtered(found, collection, reader, told)
+    if not len(kept.groups):
+        raise UserError(f"all {kept.dropped} negatives are false ones by {reader.path}; ask for a smaller margin")
+    groups.save(out, kept.groups, {"version": VERSION, "of": found.digest, "told": asdict(told)})
+    share = kept.dropped / max(len(found.negative), 1)
+    say(f"{kept.dropped} of {len(found.negative)} negatives dropped ({share:.1%}), {kept.emptied} groups emptied")
+    return {
+        "groups": len(kept.groups),
+        "negatives": len(kept.groups.negative),
+        "dropped": kept.dropped,
+        "emptied": kept.emptied,
+    }

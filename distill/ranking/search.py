@@ -49,6 +49,10 @@ class BM25:
         return found
 
 
+def by_words(documents: Mapping[str, str], queries: Mapping[str, str], k: int) -> Run:
+    return BM25(documents).run(queries, k)
+
+
 def _words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 

@@ -5,9 +5,11 @@ A score is kept by the two texts it is of (`distill.scores`), so that ids, files
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from distill import scores
 from distill.ranking.collection import Collection
 from distill.ranking.groups import Groups
 from distill.scores import About, Column, Reader, Writer, pair_keys
+from growth.console import say
 from growth.errors import UsageError, UserError
 
 KIND, SCORE = "ranking", "score"
@@ -55,7 +58,7 @@ def ensemble(
         raise UserError(f"the stores {', '.join(map(str, stores))} have no pair in common")
     unit = _unit(readers, standardise)
     scales = [_scale(reader, keys) if standardise else (0.0, 1.0) for reader in readers]
-    with Writer(out, about(_producers(readers, weights, standardise), unit)) as writer:
+    with Writer(out, about(_producers(readers, weights, standardise), unit), seconds=math.inf) as writer:
         for block in np.split(keys, range(BLOCK, len(keys), BLOCK)):
             values = (w * (_values(r, block) - mean) / std for r, w, (mean, std) in zip(readers, weights, scales,
                       strict=True))  # fmt: skip
@@ -134,3 +137,10 @@ def margins(reader: Reader, collection: Collection, groups: Groups) -> Margins:
     right = float((scored > 0).mean() + (scored == 0).mean() / 2)
     spread = float(scored.mean()), float(scored.std()), tuple(np.quantile(scored, QUANTILES).tolist())
     return Margins(len(every), len(every) - len(scored), right, *spread)
+
+
+def told(path: Path, collection: Collection, groups: Groups) -> dict[str, Any]:
+    """What stage.json says of a teacher's scores; said in a line."""
+    found = margins(Reader(path), collection, groups)
+    say(f"{path.parent.name}: {found}")
+    return asdict(found) | {"quantiles": dict(zip(map(str, QUANTILES), found.quantiles, strict=True))}

@@ -12,11 +12,15 @@ Each is a function of directories as well:
 from __future__ import annotations
 
 from distill.refine.cache import Cache
+from distill.refine.drop_false_negatives import DropFalseNegatives
+from distill.refine.import_scores import ImportScores
 from distill.refine.label import Label
+from distill.refine.mine import Mine
 from distill.refine.mix import Mix
 from distill.refine.operation import DataOp
 from distill.refine.retokenize import Retokenize
 from distill.refine.score import Score
+from distill.refine.score_pairs import ScorePairs
 from distill.refine.select import Select
 
 OPS: dict[str, type[DataOp]] = {
@@ -26,6 +30,10 @@ OPS: dict[str, type[DataOp]] = {
     "mix": Mix,
     "cache": Cache,
     "label": Label,
+    "mine": Mine,
+    "score_pairs": ScorePairs,
+    "import_scores": ImportScores,
+    "drop_false_negatives": DropFalseNegatives,
 }
 
 __all__ = ["OPS", "DataOp"]

@@ -18,6 +18,8 @@ from distill.cost import Cost, as_much_as, steps_for, working
 from distill.evaluate.machine import matmul_speed
 from distill.kinds import Stage
 from distill.preflight import Planned, check
+from distill.ranking import fits
+from distill.ranking.kinds import written
 from distill.recipe import Recipe
 from distill.specs import EngineSpec
 from growth.console import count, seconds, size, table
@@ -31,10 +33,11 @@ BYTES_A_TOKEN = 4  # of English text, in a vocabulary of 30 thousand pieces
 STDLIB_BYTES = 1_400_000  # prose of CPython 3.10 to 3.13, about
 NOTES = (
     "forecast, not measured. FLOPs = 6 N D of the student (of a sub-model 2 N D forward, 4 N D for what it updates),",
-    "2 N D of teachers; N = parameters, the table of tokens only where a head reads it; D = tokens; the square of the",
-    "length is left out. Before: what the stages cost that a student was made from. Trainable is at most what is",
-    "shown: what no loss reaches is found at the first batch and frozen. Memory is that of one rank, activations",
-    f"{ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in fp32), losses and libraries not counted.",
+    "2 N D of teachers; N = parameters, the table of tokens only where a head reads it; D = tokens (of rankers as many",
+    "as their texts may have); the square of the length is left out. Before: what the stages cost that a student was",
+    "made from. Trainable is at most what is shown: what no loss reaches is found at the first batch and frozen. Memory",
+    f"is that of one rank, activations {ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in fp32),",
+    "losses and libraries not counted.",
 )
 
 
@@ -122,7 +125,7 @@ def forecast(stage: Stage, planned: Planned, ranks: int) -> Forecast:
     steps, exact = _steps(stage, planned)
     return Forecast(
         stage=stage.id,
-        shape=_shape(student),
+        shape=f"{written(planned.learner(spec))['kind']}, {_shape(student)}" if spec.ranks else _shape(student),
         parameters=student.parameters,
         steps=steps,
         tokens=_times(steps, cost.tokens),
@@ -156,8 +159,17 @@ def _steps(stage: Stage, planned: Planned) -> tuple[int | None, bool]:
         amount = as_much_as(recipe, stop.like, lambda s: _amount(s, planned, recipe.equal))
         exact = recipe.equal != "tokens" and all(_steps(s, planned)[1] for s in recipe.made_from(stop.like))
         return (None, False) if amount is None else (steps_for(amount, recipe.equal, cost.tokens, cost.mean), exact)
+    epoch, exact = _epoch(stage, planned, cost)
+    return (None, False) if epoch is None else (max(math.ceil(stop.epochs * epoch), 1), exact)
+
+
+def _epoch(stage: Stage, planned: Planned, cost: Cost) -> tuple[float | None, bool]:
+    """(steps of one, whether counted)."""
+    if stage.train.ranks:
+        lists = fits.lists(stage.train.corpus, planned)
+        return lists and lists / stage.train.optim.batch, lists is not None
     tokens, exact = corpus_tokens(planned, stage.train.corpus)
-    return (None, False) if tokens is None else (max(math.ceil(stop.epochs * tokens / cost.tokens), 1), exact)
+    return tokens and tokens / cost.tokens, exact
 
 
 def corpus_tokens(planned: Planned, name: str) -> tuple[float | None, bool]:

@@ -13,8 +13,10 @@ from typing import Any
 import growth
 from distill import fitting, growing, sources, world
 from distill.cost import Cost, cost_of
-from distill.kinds import CutSpec, OptimSpec, Stage, StudentSpec
+from distill.kinds import CutSpec, OptimSpec, Stage, StudentSpec, TrainSpec
 from distill.operators import Cut, Given
+from distill.ranking import costs, fits
+from distill.ranking.kinds import ClassifierKind, RankerKind
 from distill.recipe import Recipe
 from distill.refine import cache
 from distill.specs import EngineSpec
@@ -49,6 +51,9 @@ class Planned:
 
         config = self.student_config(train.student)
         read = loading.configuration(config)
+        if train.ranks:
+            head = "classify" if isinstance(self.learner(train), ClassifierKind) else None
+            return {**config, "architectures": [loading.class_of(read, head).__name__]}
         head = next((need.head for _, o in train.objectives() if (need := o.needs()).head), None)
         kept = loading.own_head(read) if train.student.origin else None
         return {**config, "architectures": [loading.class_of(read, head or kept).__name__]}
@@ -97,12 +102,52 @@ class Planned:
         return self._measure(self.config(reference))
 
     def student_facts(self, stage: str):
-        return self._measure(self.student_config(self.recipe.stage(stage).train.student))
+        train = self.recipe.stage(stage).train
+        return self._measure(self._with_head(train) if train.ranks else self.student_config(train.student))
+
+    def ranker(self, reference: str) -> RankerKind:
+        """How a model or stage scores a query and a passage; refused if it does not."""
+        if reference in self.recipe.models:
+            from distill.ranking.opening import form_of
+
+            return form_of(self.context, reference).kind
+        train = self.recipe.stage(reference.partition(".")[0]).train
+        if not (train and train.ranks):
+            raise UserError(f"stage {reference} makes no ranker; a train stage with `ranker` of its student does")
+        return self.learner(train)
+
+    def learner(self, train: TrainSpec) -> RankerKind:
+        """The same of the student of a stage; refused if its encoder cannot score so."""
+        from distill.ranking import forms
+
+        student = train.student
+        kept = student.origin and not student.ranker
+        kind = self.ranker(student.origin) if kept else forms.of_student(student, self._brought(student))
+        forms.refuse(kind, self.student_config(student))
+        return kind
+
+    def _brought(self, student: StudentSpec) -> Path | None:
+        """The directory whose tokenizer a student will have."""
+        reference = student.origin or (student.new and student.new.like)
+        while reference and reference not in self.recipe.models:
+            stage = self.recipe.stage(reference.partition(".")[0])
+            reference = stage.origin or (stage.train and stage.train.student.new and stage.train.student.new.like)
+        return reference and sources.encoder(self.context.model(reference))
 
     def cost(self, stage: Stage) -> Cost:
         """What a step of a train stage costs."""
+        if stage.train.ranks:
+            return self._cost_of_ranker(stage)
         length = self.recipe.text(stage.train.corpus).length
         return cost_of(stage.train, self.student_facts(stage.id), self.teachers(stage), length)
+
+    def _cost_of_ranker(self, stage: Stage) -> Cost:
+        student = self.student_facts(stage.id), self.learner(stage.train)
+        teachers = {
+            name: (student,) if target.ema else tuple((self.facts(m), self.ranker(m)) for m in target.models)
+            for name, target in stage.train.targets.items()
+        }
+        return costs.cost_of(stage.train, student, teachers)
 
     def teachers(self, stage: Stage) -> dict[str, tuple]:
         """{target: facts of the models that run for it}."""
@@ -173,6 +218,10 @@ def _of_data(stage: Stage, planned: Planned) -> Iterator[str]:
 
 
 def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
+    if stage.train.ranks:
+        return [f"stages.{stage.id}.train.{what}" for what in _of_ranker(stage, planned, ranks)]
+    if wrong := list(fits.of_text(stage, planned)):
+        return [f"stages.{stage.id}.train.{what}" for what in wrong]
     try:
         student = planned.student_facts(stage.id)
         teachers, said = planned.teachers(stage), planned.said(stage)
@@ -189,6 +238,18 @@ def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
     rest = [*own, *fitting.of_training(stage, planned, student, teachers), *cache.misfits(stage, planned.recipe)]
     rest += fitting.of_classes(stage, planned.recipe)
     return [*losses, *(f"stages.{stage.id}.train: {what}" for what in rest)]
+
+
+def _of_ranker(stage: Stage, planned: Planned, ranks: int) -> Iterator[str]:
+    try:
+        student = planned.student_facts(stage.id)
+    except UserError as error:
+        yield f"student: {error}"
+        return
+    wrong = list(_of_batch(stage, planned, ranks))
+    rows = None if wrong else micro_batch(planned.recipe.engine, stage.train.optim, ranks)
+    yield from [*wrong, *_of_hooks(stage, student), *_of_average(stage, planned)]
+    yield from fits.of_training(stage, planned, rows)
 
 
 def _of_batch(stage: Stage, planned: Planned, ranks: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill import layout
 from distill.corpus.order import NEGATIVES, Order, raw
+from distill.lesson import tokens
 from distill.ranking.collection import Collection
 from distill.ranking.groups import Groups
 from distill.ranking.opening import token_ids
@@ -47,9 +48,7 @@ class Lists:
     groups: Groups
     reader: Reader
     negatives: int = 1  # of a row; all of them where it has fewer
-    others: Mapping[str, Reader] = field(
-        default_factory=dict
-    )  # by the name of a model that has ids or lengths of its own
+    others: Mapping[str, Reader] = field(default_factory=dict)  # by model: those with ids or lengths of their own
 
     def __len__(self) -> int:
         return len(self.groups)

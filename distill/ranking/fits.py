@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from distill import sources
 from distill.kinds import Stage, TrainSpec
+from distill.ranking.prepared import GROUPS, MANIFEST
 from distill.specs import EngineSpec
 from growth.errors import UserError
+from growth.files import read_json
 
 NEGATIVES = "a data stage {mine: {by: bm25}} makes queries with negatives of it"
 BESIDE = "{from: ...} runs it beside the student"
@@ -21,7 +23,7 @@ def of_training(stage: Stage, planned, rows: int | None) -> Iterator[str]:
     yield from (f"targets.{name}: {what}" for name in train.targets for what in _of_target(name, train, planned))
     yield from _of_groups(train, planned.recipe.engine, rows)
     if any(hook.parts() for hook in train.hook_values()):
-        yield "hooks.submodel: parts of language models learn alone; a ranker learns whole, or frozen in part by `freeze`"
+        yield "hooks.submodel: parts of language models learn alone; a ranker learns whole; `freeze` holds parts"
 
 
 def _of_student(train: TrainSpec) -> Iterator[str]:
@@ -60,6 +62,15 @@ def _of_cache(stage: str, train: TrainSpec, recipe) -> Iterator[str]:
         yield f"cache: stage {stage} has read text; one of {{score_pairs: ...}} keeps the scores of pairs"
     elif (read := recipe.collection(data.from_)) != (here := recipe.collection(train.corpus)):
         yield f"cache: stage {stage} has scored pairs of {read}, this one trains on {here}"
+
+
+def lists(name: str, planned) -> int | None:
+    """Rows of an epoch; None where they are yet to be made."""
+    context = planned.context
+    there = (
+        context.out / "collections" / name if name in planned.recipe.collections else context.directory(name) / GROUPS
+    )
+    return read_json(there / MANIFEST)["groups"] if (there / MANIFEST).exists() else None
 
 
 def _of_groups(train: TrainSpec, engine: EngineSpec, rows: int | None) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from distill import layout, loading, models, sources, world
 from distill.corpus import tokens
 from distill.ranking import encoding, kinds, rankers
+from distill.ranking.forms import too_long
 from distill.ranking.joining import fitted
 from distill.ranking.kinds import ABOUT, ClassifierKind, CrossKind, DualKind, RankerKind
 from distill.ranking.ranker import Ranker
@@ -149,12 +150,8 @@ def form(path: Path, given: RankerKind | None = None, name: str | None = None) -
     path, name = Path(path), name or str(path)
     kind = _kind(path, given, name)
     found = Form(path, kind)
-    longest = layout.longest(loading.configuration(found.encoder))
-    if longest is not None and kind.longest > longest:
-        raise UserError(
-            f"{name}: query_length {kind.query_length} and passage_length {kind.passage_length} make texts of "
-            f"{kind.longest} tokens, and its encoder reads {longest}; make one of them smaller"
-        )
+    if wrong := too_long(kind, loading.configuration(found.encoder)):
+        raise UserError(f"{name}: {wrong}")
     return found
 
 

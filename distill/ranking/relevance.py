@@ -48,12 +48,13 @@ class Relevance:
     def _cost(self):
         student = models.facts(self.start / ENCODER), self.kind
         teachers = {
-            name: (student,)
-            if t.ema
-            else tuple((models.facts(f.encoder), f.kind) for f in map(self.forms.get, t.models))
-            for name, t in self.spec.targets.items()
+            name: (student,) if t.ema else tuple(map(self._facts, t.models)) for name, t in self.spec.targets.items()
         }
         return cost_of(self.spec, student, teachers)
+
+    def _facts(self, reference: str) -> tuple[models.Facts, kinds.RankerKind]:
+        form = self.forms[reference]
+        return models.facts(form.encoder), form.kind
 
     def load(self) -> Ranker:
         self.student = rankers.load(self.start)

@@ -96,9 +96,8 @@ def insist_on_all(reader: Reader, lists: Lists, where: str) -> None:
     missing = 0
     with console.bar(len(codes), "looking up scores") as advance:
         for block in np.split(codes, range(BLOCK, len(codes), BLOCK)):
-            missing += int(
-                reader.missing(pair_keys(collection.pair(*pair) for pair in lists.groups.named(block))).sum()
-            )
+            keys = pair_keys(collection.pair(*pair) for pair in lists.groups.named(block))
+            missing += int(reader.missing(keys).sum())
             advance(len(block))
     if missing:
         raise UserError(

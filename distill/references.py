@@ -19,7 +19,7 @@ REFERENCES = {
     "stages.*.train.student.grow.ops.*.merge.with.*": "source",
     "stages.*.train.student.grow.ops.*.merge.base": "source",
     "stages.*.train.data": "data",
-    "stages.*.train.data.from": "corpus",
+    "stages.*.train.data.from": "data",
     "stages.*.train.data.after": "trained",
     "stages.*.train.stop.like": "trained",
     "stages.*.train.targets.*.from": "source",

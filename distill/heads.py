@@ -153,6 +153,8 @@ def unmade(model: nn.Module) -> Iterator[list]:
     head, kept = model.get_output_embeddings(), []
     if head is None:
         raise UserError(f"{type(model).__name__} has no language-model head, so there are no logits to take")
+    if len(head.weight) != model.config.vocab_size:  # DeBERTa's newer head
+        raise UserError(f"{type(model).__name__} makes its logits behind its output embeddings; they cannot be taken")
 
     def keep(hidden: Tensor) -> Tensor:
         kept.append(hidden)

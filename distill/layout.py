@@ -60,6 +60,8 @@ def packable(config) -> bool:
 def longest(config) -> int | None:
     """Tokens that a row may have; None where positions are computed, so that no table ends."""
     family = FAMILIES.get(config.model_type)
+    if config.model_type == "albert":  # which growth has no table for
+        return config.max_position_embeddings
     places = family.sizes_of(config.to_dict()).get("pos") if family else None
     return places - (config.pad_token_id + 1) if places and _layout(config).skip else places
 

@@ -42,9 +42,9 @@ class Facts:
 
     family: str
     layers: int
-    heads: int
-    kv_heads: int
-    widths: dict[str, int]  # query, key, value: heads x head size, which need not be the hidden size
+    heads: int | None  # None where attention cannot be tapped
+    kv_heads: int | None
+    widths: dict[str, int]  # query, key, value: heads x head size, which need not be the hidden size; hidden
     vocab: int
     causal: bool
     positions: int | None  # tokens that a row may have; None where positions are computed, without a table
@@ -66,15 +66,16 @@ def facts(source) -> Facts:
     base.config._experts_implementation = "batched_mm"  # the one that asks for no values
     whole = loading.architecture(config)
     body, head = _multiplied(config, base)
-    with torch.no_grad(), taps.tap(base, [(role, -1) for role in taps.ROLES]) as seen:
+    roles, mask = (taps.ROLES, (1, 1, 2, 2)) if taps.interfaced(base) else (("hidden",), (1, 2))
+    with torch.no_grad(), taps.tap(base, [(role, -1) for role in roles]) as seen:
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-        base(ids, attention_mask=torch.zeros(1, 1, 2, 2, device="meta"))  # a 4-D mask is taken as it is, not read
+        base(ids, attention_mask=torch.zeros(mask, device="meta"))  # the interface takes a 4-D mask and reads no value
     shapes = {role: tuple(value.shape) for (role, _), value in seen.items()}
     return Facts(
         family=config.model_type,
         layers=config.num_hidden_layers,
-        heads=shapes["query"][1],
-        kv_heads=shapes["key"][1],
+        heads=shapes["query"][1] if "query" in shapes else None,
+        kv_heads=shapes["key"][1] if "key" in shapes else None,
         widths={role: s[1] * s[3] if role in taps.IN_ATTENTION else s[2] for role, s in shapes.items()},
         vocab=config.vocab_size,
         causal=loading.causal(config),
@@ -96,7 +97,9 @@ def _multiplied(config, base: nn.Module) -> tuple[int, int]:
     tied = model is not base and model.get_output_embeddings().weight is table
     again = [block for block, turn in taps.layers(body) if turn]  # ALBERT's
     taking_part = sum(_taking_part(module, config) for module in (body, *again))
-    return taking_part - table.numel(), _taking_part(model, config) - _taking_part(body, config) + (table.numel() if tied else 0)
+    return taking_part - table.numel(), _taking_part(model, config) - _taking_part(body, config) + (
+        table.numel() if tied else 0
+    )
 
 
 def _taking_part(module: nn.Module, config) -> int:

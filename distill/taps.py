@@ -8,6 +8,7 @@ rotary embedding and query-key norms, keys and values with as many heads as the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -127,10 +128,7 @@ def _finish(model: nn.Module, listeners: Iterable[Listener]) -> None:
     for listener in listeners:
         listener.armed = False
         if missing := listener.missing():
-            raise UserError(
-                f"{type(model).__name__} cannot be tapped for {missing[0].role}: the attention of layer "
-                f"{missing[0].layer} does not pass through the attention interface of transformers"
-            )
+            raise _outside(model, missing[0])
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -186,6 +184,18 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
     return [b for child in module.children() for b in _outermost(child)]
 
 
+def interfaced(base: nn.Module) -> bool:
+    """Whether attention passes through the attention interface of transformers: its family's file then imports it."""
+    return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(base).__module__])
+
+
+def _outside(model: nn.Module, tap: Tap) -> UserError:
+    return UserError(
+        f"{type(model).__name__} cannot be tapped for {tap.role}: the attention of layer {tap.layer} does not pass "
+        "through the attention interface of transformers; hidden states and logits can be had"
+    )
+
+
 def _listeners(base: nn.Module, taps: list[Tap], seen: Seen) -> dict[tuple[nn.Module, int | None], Listener]:
     found, listeners = layers(base) if taps else [], {}
     for role, layer in taps:
@@ -193,6 +203,8 @@ def _listeners(base: nn.Module, taps: list[Tap], seen: Seen) -> dict[tuple[nn.Mo
             raise UserError(f"no tap {role!r}{did_you_mean(role, ROLES)}; there are {', '.join(ROLES)}")
         if not -len(found) <= layer < len(found):
             raise UserError(f"no layer {layer}: {type(base).__name__} has the layers 0 to {len(found) - 1}")
+        if role in IN_ATTENTION and not interfaced(base):
+            raise _outside(base, Tap(role, layer))
         listener = listeners.setdefault(found[layer], Listener(seen, found[layer][1]))
         listener.asked.setdefault(role, []).append(layer)
     return listeners

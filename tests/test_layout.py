@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from distill import layout
 from growth.errors import UserError
 
-CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
+CASES = [(family, attention) for family in tiny.EVERY for attention in tiny.attentions(family)]
 DOCUMENTS = [[13, 3, 1, 9], [9, 14], [12]]  # a window of 5, one token alone, and padding behind two of the rows
 LENGTH = 27
 
@@ -60,7 +60,7 @@ def test_padding_on_the_left_changes_nothing(family, attention):
 
 
 @pytest.mark.parametrize("packed", [[[5, 4], [3]], [[5], [3]]])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_padding_poisons_no_gradient(family, packed):
     model, batch = tiny.model(family), tiny.batch(packed, 12)
     if family == "distilbert":

@@ -15,15 +15,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distill import taps
 from distill.attention import IMPLEMENTATIONS, PREFIX, _running
+from distill.models import facts
 from distill.taps import ROLES, Tap, tap, trace
 from growth.errors import UserError
 
-CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
+CASES = [(family, attention) for family in tiny.EVERY for attention in tiny.attentions(family)]
 WITH_HEAD = [(f, a) for f, a in CASES if tiny.head(f)]
 EVERY = [Tap(role, layer) for role in ROLES for layer in range(tiny.LAYERS)]
 HEADS_TOGETHER = {  # where the heads' outputs, side by side, go into the output projection
     "bert": "attention.output.dense", "roberta": "attention.output.dense", "distilbert": "attention.out_lin",
-    "modernbert": "attn.Wo", "electra": "attention.output.dense", "albert": "albert_layers.0.attention.dense", "gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "t5": "layer.0.SelfAttention.o",
+    "electra": "attention.output.dense", "modernbert": "attn.Wo", "albert": "albert_layers.0.attention.dense",
+    "gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "t5": "layer.0.SelfAttention.o",
 }  # fmt: skip
 PADDED = ([[11], [7], [1]], 11)
 
@@ -86,7 +88,7 @@ def test_attention_written_out_from_the_tapped_values_is_the_layers_own(family, 
     assert_close(attend(model, layer, batch, seen)[real], together[turn or 0][real], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_the_heads_of_a_tapped_value_are_those_of_the_model(family):
     model = tiny.model(family)
     with tap(model, [("query", 0), ("key", 0)]) as seen:
@@ -97,7 +99,7 @@ def test_the_heads_of_a_tapped_value_are_those_of_the_model(family):
     assert seen["query", 0].shape == (3, tiny.HEADS, 11, head) and seen["key", 0].shape == (3, kv_heads, 11, head)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_hidden_i_is_the_output_of_block_i(family):
     model, batch = tiny.model(family), tiny.batch(*PADDED)
     with tap(model, [("hidden", 0), ("hidden", -2), ("hidden", 2)]) as seen:
@@ -147,7 +149,7 @@ def gradients(model, batch, checkpointing, inside=False):
 
 @pytest.mark.filterwarnings("ignore:.*checkpoint.*")
 @pytest.mark.parametrize("inside", [True, False], ids=["backward within the tap", "backward after it"])
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "albert"])  # transformers has none
+@pytest.mark.parametrize("family", tiny.FAMILIES)  # ALBERT has none
 def test_activation_checkpointing_changes_no_gradient_of_tapped_values(family, inside):
     batch = tiny.batch(*PADDED)
     plain, recomputed = (gradients(tiny.model(family).double(), batch, c, inside) for c in (False, True))
@@ -214,17 +216,28 @@ def test_every_implementation_has_a_mask_function_under_our_name():
     assert ours <= set(ALL_ATTENTION_FUNCTIONS) and ours <= set(ALL_MASK_ATTENTION_FUNCTIONS)
 
 
-def small(stem, **sizes):
-    return getattr(transformers, stem + "Config")(vocab_size=31, num_hidden_layers=2, **sizes)
-
-
 SHARED = tiny.config("albert", inner_group_num=2)
 OUTSIDE = transformers.GPTJConfig(vocab_size=31, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
+DEBERTA = dict(
+    **dict(vocab_size=tiny.VOCAB, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=40),
+    **dict(relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False),
+)
 CAPPED = tiny.config("gpt2", reorder_and_upcast_attn=True)
 CAPPED._attn_implementation = "eager"
+
+
+def deberta(family, head="Model", **changes):
+    settings = transformers.AutoConfig.for_model(family, **DEBERTA, **changes)
+    stem = {"deberta": "Deberta", "deberta-v2": "DebertaV2"}[family]
+    torch.manual_seed(0)
+    return getattr(transformers, stem + head)(settings).eval()
+
+
 REFUSED = [
     (lambda: transformers.AlbertModel(SHARED), "query", 0, "AlbertModel cannot be tapped: .* several attentions"),
     (lambda: transformers.GPTJModel(OUTSIDE), "query", 0, "GPTJModel cannot be tapped.*does not pass through"),
+    (lambda: deberta("deberta"), "key", 1, "DebertaModel cannot be tapped for key: .* layer 1 does not pass through"),
+    (lambda: deberta("deberta-v2"), "value", -1, "DebertaV2Model .* for value: .* hidden states and logits can be had"),
     (lambda: transformers.T5Model(tiny.config("t5")), "query", 0, "load its encoder alone"),
     (lambda: transformers.GPT2Model(CAPPED), "query", 0, "reorder_and_upcast_attn"),
     (lambda: tiny.model("bert"), "queries", 0, "no tap 'queries'; did you mean 'query'"),
@@ -238,6 +251,29 @@ def test_what_cannot_be_tapped_is_refused_by_name_with_the_reason(build, role, l
     model = build()
     with pytest.raises(UserError, match=reason), tap(model, [(role, layer)]):
         model(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2"])
+def test_attention_of_its_own_leaves_hidden_states_and_logits_to_be_tapped(family):
+    """DeBERTa adds position terms to query . key in a function of its own."""
+    model, batch, rows = deberta(family, "ForMaskedLM"), tiny.batch(*PADDED), torch.tensor([22, 4, 17])
+    with torch.no_grad():
+        whole = model(input_ids=batch["input_ids"], attention_mask=batch["segment_ids"], output_hidden_states=True)
+        got = trace(model, batch, [("hidden", 0)], rows=rows)
+    assert torch.equal(got.taps["hidden", 0], whole.hidden_states[1])
+    assert_close(got.logits, whole.logits.flatten(0, 1)[rows])
+    known = facts(model.config)
+    assert (known.heads, known.kv_heads, known.widths) == (None, None, {"hidden": 48})
+
+
+def test_logits_made_behind_the_output_embeddings_are_refused():
+    with pytest.raises(UserError, match="DebertaV2ForMaskedLM makes its logits behind its output embeddings"):
+        trace(deberta("deberta-v2", "ForMaskedLM", legacy=False), tiny.batch(*PADDED), [], rows=torch.tensor([0]))
+
+
+def test_a_layer_of_shared_weights_has_no_block_of_its_own():
+    with pytest.raises(UserError, match="AlbertModel runs one AlbertLayerGroup in several layers"):
+        taps.blocks(tiny.model("albert"))
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpoint.*")

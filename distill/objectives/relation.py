@@ -71,28 +71,50 @@ class RelationKL(Value):
             *layers.mistakes("student_layer", self.student_layer, student),
             *layers.mistakes("teacher_layer", self.teacher_layer, target),
         ]
+        outside = [(name, facts) for name, facts in (("student", student), ("teacher", target)) if facts.heads is None]
+        if outside:
+            return wrong + [
+                f"the {name}'s attention ({facts.family}) does not pass through the attention interface of "
+                "transformers, so its queries, keys and values cannot be had; hidden states and logits can"
+                for name, facts in outside
+            ]
         if student.causal != target.causal:
             sees = {True: "only the tokens before", False: "all tokens"}
             wrong.append(f"the student sees {sees[student.causal]}, the teacher {sees[target.causal]}")
-        for relation in self.relations:
-            check = _attention_mistakes if relation == "attention" else self._head_mistakes
-            wrong += check(relation, {"student": student, "teacher": target})
-        return wrong
+        models = {"student": student, "teacher": target}
+        if "attention" in self.relations:
+            wrong += _attention_mistakes(models)
+        return wrong + self._head_mistakes(models)
 
-    def _head_mistakes(self, relation: str, models: dict) -> list[str]:
+    def _head_mistakes(self, models: dict) -> list[str]:
         """Relation heads must divide the width of both sides of the pair, in both models."""
-        widths = {name: _widths(facts, relation) for name, facts in models.items()}
-        for name, (left, right) in widths.items():
-            if left != right:
-                roles = " and ".join(_roles(relation))
-                return [f"{relation}: the {name}'s {roles} are {left} and {right} wide; they need one width"]
-        heads, every = self.heads_of(relation), {name: left for name, (left, _) in widths.items()}
-        fitting = _divisors(math.gcd(*every.values()), heads)
-        return [
-            f"{relation}: heads={heads} does not divide the {name}'s width {width}; {fitting}"
-            for name, width in every.items()
-            if width % heads
+        widths = {relation: {name: _widths(facts, relation) for name, facts in models.items()}
+                  for relation in self.relations if relation != "attention"}  # fmt: skip
+        unequal = [
+            f"{relation}: the {name}'s {' and '.join(_roles(relation))} are {left} and {right} wide; "
+            "they need one width"
+            for relation, sides in widths.items()
+            for name, (left, right) in sides.items()
+            if left != right
         ]
+        every = {relation: {name: left for name, (left, _) in sides.items()} for relation, sides in widths.items()}
+        return unequal or [
+            f"{relation}: heads={self.heads_of(relation)} does not divide the {name}'s width {width}; "
+            + self._fitting(relation, every)
+            for relation, sides in every.items()
+            for name, width in sides.items()
+            if width % self.heads_of(relation)
+        ]
+
+    def _fitting(self, relation: str, every: dict[str, dict[str, int]]) -> str:
+        """What would do for this relation, and if its number is that of others, for all of them."""
+        own, heads = math.gcd(*every[relation].values()), self.heads_of(relation)
+        if isinstance(self.heads, dict) or len(every) == 1:
+            return _divisors(own, heads)
+        each = ", ".join(f"{r}: {_nearest(math.gcd(*sides.values()), heads)}" for r, sides in every.items())
+        together = math.gcd(*(width for sides in every.values() for width in sides.values()))
+        apart = any(math.gcd(*sides.values()) % heads == 0 for sides in every.values())
+        return _divisors(together, heads) + (f", or one number a relation, heads: {{{each}}}" if apart else "")
 
     def count(self, batch) -> dict:
         from distill.objectives.relation_sum import relation_count
@@ -137,7 +159,7 @@ def _mistake(relations: tuple[str, ...], heads) -> str | None:
     return None
 
 
-def _attention_mistakes(_, models: dict) -> list[str]:
+def _attention_mistakes(models: dict) -> list[str]:
     wrong = [
         f"attention: {facts.family} {INEXACT[facts.family]}, so its attention cannot be rebuilt; qq, kk and vv can"
         for facts in models.values()
@@ -159,6 +181,10 @@ def _widths(facts, relation: str) -> tuple[int, int]:
     heads = {"query": facts.heads, "key": facts.kv_heads, "value": facts.kv_heads}
     most = max(heads[role] for role in roles)
     return tuple(facts.widths[role] * most // heads[role] for role in roles)
+
+
+def _nearest(width: int, heads: int) -> int:
+    return next(n for n in range(heads, 0, -1) if width % n == 0)
 
 
 def _divisors(width: int, heads: int) -> str:

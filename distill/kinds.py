@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from distill.choice import OneOf, one_of
-from distill.evaluate import METRICS
+from distill.evaluate import METRICS, OF_RANKERS, ranks
 from distill.hooks import HOOKS, Hook
 from distill.lowrank.spec import LowRankSpec
 from distill.objectives import OBJECTIVES, RANKING
 from distill.operators import BARE, OPERATORS, Operator
+from distill.references import BM25
 from distill.refine import OPS, DataOp
 from distill.schedules import Pair, Schedule, Several, Value
 from distill.specs import Name, Positive, RankerSpec, Share
@@ -283,17 +284,48 @@ class DataSpec(Value):
         return self
 
 
+_RANKING = f"measures of them are {', '.join(OF_RANKERS)}"
+
+
 class EvaluateSpec(Value):
     rows: Annotated[dict[str, str], Field(min_length=1)] = Field(description="{label: model, stage or stage.start}")
     on: Annotated[Several[Metric | Chosen], Field(min_length=1)] = Field(
         description="what is measured: names, or {name: {field: value}}"
     )
-    data: str | None = Field(None, description="a corpus; null: the one of the first train stage")
+    data: str | None = Field(
+        None, description="a corpus (null: the one of the first train stage), or for rankers a collection"
+    )
     teacher: str | None = Field(None, description="whom agreement is with; null: the row named teacher")
+    depth: Positive | None = Field(
+        None, description="of rankers: documents of a query that are ordered; null: 100, or 1000 where all are searched"
+    )
+    retrieve: bool = Field(False, description="rankers search all documents; false: they order the best of BM25")
 
     @property
     def corpus(self) -> str | None:
         return self.data
+
+    @property
+    def ranks(self) -> bool:
+        """Whether its rows are rankers."""
+        return ranks(self.on)
+
+    @model_validator(mode="after")
+    def _check_ranking(self) -> EvaluateSpec:
+        names = [name for entry in self.on for name in ([entry] if isinstance(entry, str) else entry)]
+        text = [name for name in names if name not in OF_RANKERS]
+        if self.ranks and text:
+            other = next(name for name in names if name in OF_RANKERS)
+            raise ValueError(
+                f"on: {other} is measured of rankers, {text[0]} of models of text; make two stages of them"
+            )
+        if self.ranks and self.data is None:
+            raise ValueError("data: name the collection to measure on; one that rankers were trained on tells little")
+        if not self.ranks and (self.depth or self.retrieve):
+            raise ValueError(f"{'depth' if self.depth else 'retrieve'}: only rankers order documents; {_RANKING}")
+        if not self.ranks and BM25 in self.rows.values():
+            raise ValueError(f"rows: {BM25} is a search, and no model of text; {_RANKING}")
+        return self
 
 
 class Stage(OneOf):

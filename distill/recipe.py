@@ -88,8 +88,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def _with_data(recipe: Recipe) -> Recipe:
-    """An evaluation without a corpus takes that of the first training stage."""
-    first = next((stage.train.corpus for stage in recipe.stages if stage.train), None)
+    """An evaluation without a corpus takes that of the first training stage on text."""
+    first = next((stage.train.corpus for stage in recipe.stages if stage.train and not stage.train.ranks), None)
     return recipe.model_copy(update={"stages": tuple(_filled(stage, first) for stage in recipe.stages)})
 
 

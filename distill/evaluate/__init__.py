@@ -17,10 +17,12 @@ from distill.evaluate.accuracy import Accuracy, MacroF1
 from distill.evaluate.agreement import Agreement, Divergence
 from distill.evaluate.heldout import HeldoutLoss
 from distill.evaluate.probe import Probe
+from distill.evaluate.ranking import NDCG, AveragePrecision, PairSpeed, Recall, ReciprocalRank
 from distill.evaluate.saving import Saving
 from distill.evaluate.score import Score
 from distill.evaluate.speed import Speed
 from distill.evaluate.sts import Sts
+from distill.references import BM25
 from growth.console import bar
 from growth.errors import UsageError, did_you_mean
 from growth.files import write_json
@@ -39,7 +41,7 @@ class Metric(Protocol):
     def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]: ...
 
 
-METRICS: dict[str, Metric] = {
+OF_TEXT: dict[str, Metric] = {
     "probe": Probe(),
     "agreement": Agreement(),
     "kl": Divergence(),
@@ -50,6 +52,16 @@ METRICS: dict[str, Metric] = {
     "speed": Speed(),
     "saving": Saving(),
 }
+OF_RANKERS: dict[str, Metric] = {
+    "ndcg": NDCG(),
+    "mrr": ReciprocalRank(),
+    "map": AveragePrecision(),
+    "recall": Recall(),
+    "pair_speed": PairSpeed(),
+}
+METRICS = OF_TEXT | OF_RANKERS
+
+BELOW = ("baseline", "scratch")  # roles of rows that others are compared with
 
 # words of a label or reference -> role; the first that stands in either wins, anything else is a student
 ROLES = {
@@ -68,22 +80,23 @@ def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
 
     `contexts` holds one context a seed. A row that is the same checkpoint for all of them is measured once.
     """
-    from distill.evaluate.bench import Bench, Subjects
-
     began = time.perf_counter()
     metrics = dict(map(_metric, spec.on))
-    subjects = Subjects(contexts[0].corpus(spec.data))
     teacher = spec.teacher or _teacher(spec.rows)
-    teachers = [teacher and subjects.at(c.model(teacher)) for c in contexts]
-    bench = Bench(subjects.corpus, teachers[0], spec.rows, contexts[0])
-    rows = {label: _once([subjects.at(c.model(reference)) for c in contexts]) for label, reference in spec.rows.items()}
+    subjects, bench = _of_rankers(spec, contexts[0]) if ranks(spec.on) else _of_text(spec, contexts[0])
+    teachers = [teacher and subjects.of(c, teacher) for c in contexts]
+    bench.teacher = teachers[0]
+    rows = {label: _once([subjects.of(c, reference) for c in contexts]) for label, reference in spec.rows.items()}
     for metric in metrics.values():
         metric.check(bench)
+    bench.begin(rows, Path(directory), [context.seed for context in contexts])
     seeds = {label: list(zip(teachers, found, strict=False)) for label, found in rows.items()}
     scores = _measure(metrics, seeds, bench)
+    described = [_row(label, spec.rows[label], teacher, seeds[label], metrics, scores) for label in rows]
     result = {
         "metrics": {name: _described(metric, bench) for name, metric in metrics.items()},
-        "rows": [_row(label, spec.rows[label], teacher, seeds[label], metrics, scores) for label in rows],
+        "rows": described,
+        "comparisons": bench.comparisons(rows, [row["name"] for row in described if row["role"] in BELOW]),
         **machine.facts(),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -93,19 +106,44 @@ def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
 
 def foresee(spec, context) -> None:
     """Whatever makes a metric impossible, before anything is trained; silent where a stage makes teacher or text."""
+    metrics = dict(map(_metric, spec.on))
+    if ranks(spec.on):
+        _, bench = _of_rankers(spec, context)
+    else:
+        teacher = spec.teacher or _teacher(spec.rows)
+        if (teacher and teacher not in context.recipe.models) or spec.data not in context.recipe.corpora:
+            return
+        subjects, bench = _of_text(spec, context)
+        bench.teacher = teacher and subjects.of(context, teacher)
+    for metric in metrics.values():
+        metric.check(bench)
+
+
+def _of_text(spec, context):
+    """(what finds checkpoints, what they are measured on)."""
     from distill.evaluate.bench import Bench, Subjects
 
-    teacher = spec.teacher or _teacher(spec.rows)
-    if (teacher and teacher not in context.recipe.models) or spec.data not in context.recipe.corpora:
-        return
     subjects = Subjects(context.corpus(spec.data))
-    bench = Bench(subjects.corpus, teacher and subjects.at(context.model(teacher)), spec.rows, context)
-    for metric in dict(map(_metric, spec.on)).values():
-        metric.check(bench)
+    return subjects, Bench(subjects.corpus, None, spec.rows, context)
+
+
+def _of_rankers(spec, context):
+    from distill.evaluate.rank_bench import Bench, Subjects
+
+    collection, _ = context.ranking(spec.data).open()
+    measured = [metric.measured for _, metric in map(_metric, spec.on) if metric.quality]
+    return Subjects(), Bench(spec.data, collection, measured, spec.depth, spec.retrieve)
+
+
+def ranks(on: Sequence[str | dict]) -> bool:
+    """Whether these are metrics of rankers."""
+    return any(name in OF_RANKERS for entry in on for name in ([entry] if isinstance(entry, str) else entry))
 
 
 def role(label: str, reference: str, teacher: str | None) -> str:
     """teacher, student, baseline, scratch or assistant: by what the row is called, then by what it is."""
+    if reference == BM25:
+        return "baseline"
     if reference == teacher:
         return "teacher"
     return next((ROLES[word] for text in (label, reference) for word in ROLES if word in text.lower()), "student")
@@ -141,7 +179,7 @@ def _measure(metrics: dict[str, Metric], rows: dict[str, list[tuple]], bench) ->
                 subjects = [subject for teacher, subject in pairs if teacher is bench.teacher]
                 for subject, score in zip(subjects, metric.measure(subjects, bench), strict=True):
                     scores[name][bench.teacher, subject] = score
-                    advance(1, note=f"{name} of {subject.path.name}")
+                    advance(1, note=f"{name} of {subject.name}")
         return scores
 
 

@@ -47,6 +47,13 @@ class Bench:
         stages = {stage.id: stage.train for stage in self.context.recipe.stages if stage.train}
         return {reference: stages[reference] for reference in self.rows.values() if reference in stages}
 
+    def begin(self, rows, directory: Path, seeds) -> None:
+        """Nothing is made of all rows before they are measured."""
+
+    def comparisons(self, rows, against) -> list[dict]:
+        """Metrics of text tell their noise themselves."""
+        return []
+
     @cached_property
     def seen(self):
         """What training reads; there is always some."""
@@ -79,6 +86,10 @@ class Subject:
         self.config = read_json(path / "config.json")
         self._known: dict[str, int] = {}  # text -> row of the embeddings
         self._embeddings: list[Tensor] = []
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     @property
     def parameters(self) -> int:
@@ -141,6 +152,9 @@ class Subjects:
             self._keys[path] = growth.open(path).digest()
         key = self._keys[path]
         return self._found.setdefault(key, Subject(path, key, self.corpus))
+
+    def of(self, context, reference: str) -> Subject:
+        return self.at(context.model(reference))
 
     def all(self) -> list[Subject]:
         return list(self._found.values())

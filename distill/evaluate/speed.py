@@ -7,11 +7,14 @@ Checkpoints of one architecture are timed once and share the figure.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 from distill.evaluate.score import Score
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,9 @@ class Speed:
     def measure(self, subjects: Sequence, bench) -> Iterator[Score]:
         first = {subject.architecture: subject for subject in reversed(subjects)}
         passes = {name: self._pass(subject, bench) for name, subject in first.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in passes}
-        for turn in range(self.rounds + 1):
-            for name, run in passes.items():
-                began = time.perf_counter()
-                run()
-                if turn:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - began)
+        seconds = in_turns(passes, self.rounds)
         for subject in subjects:
-            yield Score(self.batch * self._length(bench) / median(seconds[subject.architecture]))
+            yield Score(self.batch * self._length(bench) / seconds[subject.architecture])
 
     def _length(self, bench) -> int:
         return min(self.length, bench.seen.length)
@@ -72,3 +69,15 @@ class Speed:
                 torch.cuda.synchronize()
 
         return run
+
+
+def in_turns(passes: Mapping[Key, Callable[[], None]], rounds: int) -> dict[Key, float]:
+    """Median seconds of each over so many rounds, after one that warms up."""
+    seconds: dict[Key, list[float]] = {name: [] for name in passes}
+    for turn in range(rounds + 1):
+        for name, run in passes.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: median(found) for name, found in seconds.items()}

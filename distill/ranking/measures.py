@@ -83,6 +83,13 @@ def _measured(names: Sequence[str], judged: Judgements, run: Run) -> dict[str, d
     return {name: {query: values[measure, query] for query in judged} for name, measure in parsed.items()}
 
 
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Before anything is ranked."""
+    ir = _ir_measures()
+    for name in names:
+        _parsed(ir, name)
+
+
 def _parsed(ir, name: str):
     try:
         measure = ir.parse_measure(name)

@@ -35,9 +35,9 @@ NOTES = (
     "forecast, not measured. FLOPs = 6 N D of the student (of a sub-model 2 N D forward, 4 N D for what it updates),",
     "2 N D of teachers; N = parameters, the table of tokens only where a head reads it; D = tokens (of rankers as many",
     "as their texts may have); the square of the length is left out. Before: what the stages cost that a student was",
-    "made from. Trainable is at most what is shown: what no loss reaches is found at the first batch and frozen. Memory",
-    f"is that of one rank, activations {ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in fp32),",
-    "losses and libraries not counted.",
+    "made from. Trainable is at most what is shown: what no loss reaches is found at the first batch and frozen.",
+    f"Memory is that of one rank, activations {ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in",
+    "fp32), losses and libraries not counted.",
 )
 
 

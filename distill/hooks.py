@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from distill.lowrank.refactor import Refactor
 from distill.schedules import Several, Value
 from growth.errors import UserError
 from growth.files import read_json
@@ -113,7 +114,7 @@ class Freeze(Value):
         return ()
 
 
-HOOKS: dict[str, type[Hook]] = {"submodel": Submodel, "freeze": Freeze}
+HOOKS: dict[str, type[Hook]] = {"submodel": Submodel, "freeze": Freeze, "refactor": Refactor}
 
 
 # Before training

@@ -227,6 +227,10 @@ class TrainSpec(Value):
         names = [hook.named()[0] for hook in self.hooks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"hooks: {twice} stands twice")
+        if "refactor" in names and not self.student.lowrank:
+            raise ValueError("hooks: refactor needs a student with lowrank, whose factors it balances")
+        if "refactor" in names and any(target.ema for target in self.targets.values()):
+            raise ValueError("hooks: refactor turns the factors, of which an ema target is the average")
         if self.evaluate_every and not any(name == "ce" for name, _ in self.objectives()):
             raise ValueError("evaluate_every is the held-out loss of `ce`, which is not among the losses")
         return self

@@ -94,7 +94,7 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     (Q, R), (P, T) = torch.linalg.qr(B.double()), torch.linalg.qr(A.T.double())
     U, S, Vt = torch.linalg.svd(R @ T.T)  # [rank, rank]
     root = S.sqrt()
-    return (Q @ U * root).to(B.dtype), (root[:, None] * (Vt @ P.T)).to(A.dtype)
+    return (Q @ U * root).to(B.dtype), (root[:, None] * (Vt @ P.T)).to(A.dtype)  # [out, rank], [rank, in]
 
 
 # At rest

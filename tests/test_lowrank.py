@@ -21,7 +21,7 @@ from growth.errors import UserError
 SPARSE = LowRankSpec(rank=7, alpha=3.0, density=0.1)
 LOW = LowRankSpec(compress=2.5)
 SPECS = pytest.mark.parametrize("spec", [SPARSE, LOW], ids=["sparse", "low"])
-EVERY = pytest.mark.parametrize("family", tiny.FAMILIES)
+EVERY = pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family in families.FAMILIES])
 
 
 def factors(out=13, into=9, rank=4, n=17, scale=0.7):
@@ -233,7 +233,7 @@ def test_factors_that_are_not_of_the_weights_beside_them_are_refused(tmp_path):
             students.load(start, "mlm")
         return str(caught.value)
 
-    assert f"{first.removesuffix('.weight')} is not what" in spoiled("values", lambda t: t + 0.01)
+    assert f"{first} is not what" in spoiled("values", lambda t: t + 0.01)
     assert "ascending places" in spoiled("indices", lambda t: t.flip(0))
     assert "ascending places" in spoiled("indices", lambda t: t + 48 * 48)
     assert "not finite" in spoiled("A", lambda t: t * float("nan"))

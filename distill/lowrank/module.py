@@ -47,7 +47,8 @@ class SparseLowRank(nn.Module):
 
     def __init__(self, factors: Factors, bias: nn.Parameter | None):
         super().__init__()
-        self.B, self.A, self.bias, self.scale = nn.Parameter(factors.B), nn.Parameter(factors.A), bias, factors.scale
+        self.B, self.A = (nn.Parameter(f.contiguous()) for f in (factors.B, factors.A))  # an SVD's lie by columns
+        self.bias, self.scale = bias, factors.scale
         # two dimensions: entries of a matrix decay, vectors do not (engine.groups)
         self.values = nn.Parameter(factors.values[None]) if factors.values.numel() else None  # [1, n]
         self.register_buffer("indices", factors.indices, persistent=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -70,21 +71,24 @@ def size(name: str, layer: nn.Module, spec: LowRankSpec) -> tuple[int, int, floa
 # The start
 
 
-def begin(make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: int, random: bool) -> Path:
-    """The student before its first step, of the dense one that `make` makes: an ordinary checkpoint and its factors.
+def factors_of(model: nn.Module, spec: LowRankSpec, seed: int, random: bool) -> dict[str, Factors]:
+    """{weight: its factors}; `random`: they start anew, instead of as the SVD of what it is."""
+    return {
+        f"{name}.weight": _made(loading.inside(name, model), layer, spec, seed, random)  # a head changes no seed
+        for name, layer in layers(model, spec.scope).items()
+    }
 
-    `random`: its matrices start anew, instead of as the SVD of what they are.
-    """
+
+def begin(make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: int, random: bool) -> Path:
+    """The student before its first step, of the dense one that `make` makes: an ordinary checkpoint and its factors."""
     scratch = start.with_name(f"{start.name}.dense")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
         dense = make(scratch)
         model = models.load(dense, loading.own_head(loading.configuration(dense)))
-        found = layers(model, spec.scope)
-        own = {name: loading.inside(name, model) for name in found}  # the seed is that of a name without a head
-        factors = {f"{name}.weight": _made(own[name], layer, spec, seed, random) for name, layer in found.items()}
-        _fill(found, factors)
-        _tell(found, factors)
+        factors = factors_of(model, spec, seed, random)
+        _fill(model, factors)
+        _tell(factors)
         beside = partial(factored.write, factors=factors, made=spec.model_dump(mode="json", exclude_none=True))
         return models.save(model, start, carry=dense, story={"preserves": "no"}, beside=beside)
     finally:
@@ -106,15 +110,16 @@ def _turned(layer: nn.Module, W: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(found: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> None:
-    for name, layer in found.items():
-        layer.weight.copy_(_turned(layer, factors[f"{name}.weight"].merged()))
+def _fill(model: nn.Module, factors: Mapping[str, Factors]) -> None:
+    for name, f in factors.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer.weight.copy_(_turned(layer, f.merged()))
 
 
-def _tell(found: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> None:
-    before = sum(layer.weight.numel() for layer in found.values())
+def _tell(factors: Mapping[str, Factors]) -> None:
+    before = sum(math.prod(f.shape) for f in factors.values())
     after = sum(getattr(f, key).numel() for f in factors.values() for key in TRAINED)
-    say(f"{len(found)} matrices are held as {count(after)} numbers instead of {count(before)}")
+    say(f"{len(factors)} matrices are held as {count(after)} numbers instead of {count(before)}")
 
 
 # While it trains
@@ -123,21 +128,26 @@ def _tell(found: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Non
 def load(start: Path, head: str | None) -> nn.Module:
     """The student with its factors in the place of its matrices."""
     model, factors = models.load(start, head), factored.read(start)
-    held = {loading.inside(name, model): f for name, f in factors.items()}
-    for name, layer in list(model.named_modules()):
-        if (f := held.pop(f"{loading.inside(name, model)}.weight", None)) is not None:
-            _refuse_other(start, name, _turned(layer, layer.weight.detach()), f)
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, SparseLowRank(f, layer.bias))
-    if held:
-        raise UserError(f"{start}: {factored.STORY} names {next(iter(held))}, which the model does not have")
+    layers = {f"{loading.inside(name, model)}.weight": (name, module) for name, module in model.named_modules()}
+    for weight, f in factors.items():
+        name, layer = layers.get(loading.inside(weight, model), (None, None))
+        if not isinstance(layer, nn.Linear | Conv1D):
+            raise UserError(f"{start}: {factored.STORY} names {weight}, which the model does not have")
+        _refuse_other(start, weight, _turned(layer, layer.weight.detach()), f)
+        hold(model, name, f)
     return model
+
+
+def hold(model: nn.Module, name: str, f: Factors) -> None:
+    """Put factors in the place of a linear layer; its bias stays."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, SparseLowRank(f, model.get_submodule(name).bias))
 
 
 def _refuse_other(start: Path, name: str, W: Tensor, f: Factors) -> None:
     same = f.shape == tuple(W.shape) and torch.allclose(f.merged(), W, atol=CLOSE * float(W.abs().max()), rtol=0)
     if not same:
-        raise UserError(f"{start}: the weight of {name} is not what {factored.WEIGHTS} says it is made of")
+        raise UserError(f"{start}: {name} is not what {factored.WEIGHTS} says it is made of")
 
 
 def digest(start: Path) -> str:
@@ -153,8 +163,9 @@ def export(start: Path, trained: Mapping[str, Tensor], dst: Path) -> Path:
     build = loading.class_of(loading.configuration(start), None)
     rest = {loading.inside(name, build): tensor for name, tensor in trained.items()}
     factors = {name: _trained(loading.inside(name, build), f, rest) for name, f in factored.read(start).items()}
-    kinds = dict(models.load(start, loading.own_head(loading.configuration(start))).named_modules())
-    dense = {name: _turned(kinds[name.removesuffix(".weight")], f.merged()) for name, f in factors.items()}
+    model = models.load(start, loading.own_head(loading.configuration(start)))
+    _fill(model, factors)
+    dense = {name: p for name, p in model.named_parameters() if name in factors}
     made = files.read_json(start / factored.STORY)["made"]
     beside = partial(factored.write, factors=factors, made=made)
     return models.export(start, {**rest, **dense}, dst, beside=beside)

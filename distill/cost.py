@@ -42,6 +42,7 @@ class Cost:
     parts: tuple[Part, ...] = ()  # what of the student may take part, each as often; (): all of it
     passes: Mapping[str | None, int] = field(default_factory=lambda: {None: 1})  # of the student (None) and each target
     taught: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # places that teachers read, where others
+    runs: int = 1  # micro-batches of a step, on all ranks
 
     def step(self, part: Part | None = None) -> int:
         """FLOPs of the student: 2 N forward and 4 N backward, each for what ran."""
@@ -49,7 +50,7 @@ class Cost:
         run = n - sum(self.student.blocks[part.depth :]) if part else n
         learning = run - sum(self.student.blocks[: part.first]) if part else run
         again = 6 * (self.passes[None] - 1) * self.student.body
-        return (2 * run + 4 * learning + again) * self.tokens
+        return (2 * run + 4 * learning + again) * self.tokens + self.student.rebuilt * self.runs * self.passes[None]
 
     @property
     def mean(self) -> float:
@@ -70,8 +71,10 @@ class Cost:
         return 2 * (working(facts, name in self.headed) + (self.passes[name] - 1) * facts.body) * places
 
 
-def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts, ...]], length: int) -> Cost:
-    """Of a train stage on rows of this length."""
+def cost_of(
+    spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts, ...]], length: int, runs: int = 1
+) -> Cost:
+    """Of a train stage on rows of this length, so many micro-batches a step."""
     objectives = [objective for _, objective in spec.objectives()]
     return Cost(
         student=student,
@@ -81,6 +84,7 @@ def cost_of(spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts,
         tokens=spec.optim.batch * length,
         passes=views.passes(dict(enumerate(objectives))),
         parts=hooks.parts(spec.hook_values()),
+        runs=runs,
     )
 
 

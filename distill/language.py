@@ -9,7 +9,8 @@ import torch
 from distill import classifiers, corpus, layout, models, world
 from distill.cost import cost_of
 from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson
-from distill.lowrank import students
+from distill.lowrank import counting, students
+from distill.preflight import micro_batch
 from distill.schedules import Progress
 from distill.teachers.targets import Source, Targets, opened
 
@@ -48,12 +49,13 @@ class Language:
         return start
 
     def _cost(self):
-        student = models.facts(self.start)
+        student = counting.facts(self.start, self.spec.student.lowrank)
         teachers = {
             name: (student,) if t.ema else tuple(models.facts(self.context.model(reference)) for reference in t.models)
             for name, t in self.spec.targets.items()
         }
-        return cost_of(self.spec, student, teachers, self.corpus.length)
+        optim, rows = self.spec.optim, micro_batch(self.context.recipe.engine, self.spec.optim, world.size())
+        return cost_of(self.spec, student, teachers, self.corpus.length, optim.batch // rows)
 
     @property
     def _kept(self):

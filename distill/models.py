@@ -54,6 +54,7 @@ class Facts:
     head: int  # of the language-model head with a table it shares; 0 where there is none
     kind: str | None = None  # of the head that it has: mlm, causal or classify
     kinds: tuple[str, ...] = ()  # of the heads that it could have
+    rebuilt: int = 0  # FLOPs of a forward and backward pass that no token asks for: matrices built from factors
 
 
 def facts(source) -> Facts:

@@ -14,6 +14,7 @@ import growth
 from distill import fitting, growing, sources, world
 from distill.cost import Cost, cost_of
 from distill.kinds import CutSpec, OptimSpec, Stage, StudentSpec, TrainSpec
+from distill.lowrank.spec import LowRankSpec
 from distill.operators import Cut, Given
 from distill.ranking import costs, fits
 from distill.ranking.kinds import ClassifierKind, RankerKind
@@ -103,7 +104,8 @@ class Planned:
 
     def student_facts(self, stage: str):
         train = self.recipe.stage(stage).train
-        return self._measure(self._with_head(train) if train.ranks else self.student_config(train.student))
+        config = self._with_head(train) if train.ranks else self.student_config(train.student)
+        return self._measure(config, train.student.lowrank)
 
     def ranker(self, reference: str) -> RankerKind:
         """How a model or stage scores a query and a passage; refused if it does not."""
@@ -139,7 +141,9 @@ class Planned:
         if stage.train.ranks:
             return self._cost_of_ranker(stage)
         length = self.recipe.text(stage.train.corpus).length
-        return cost_of(stage.train, self.student_facts(stage.id), self.teachers(stage), length)
+        rows = self.recipe.engine.micro_batch or max(stage.train.optim.batch // world.size(), 1)
+        runs = stage.train.optim.batch // rows
+        return cost_of(stage.train, self.student_facts(stage.id), self.teachers(stage), length, runs)
 
     def _cost_of_ranker(self, stage: Stage) -> Cost:
         student = self.student_facts(stage.id), self.learner(stage.train)
@@ -161,13 +165,13 @@ class Planned:
         kept = {name: cache.teachers(self.recipe, target) for name, target in stage.train.targets.items()}
         return self.teachers(stage) | {name: tuple(map(self.facts, models)) for name, models in kept.items() if models}
 
-    def _measure(self, config: dict[str, Any]):
+    def _measure(self, config: dict[str, Any], lowrank: LowRankSpec | None = None):
         """Each different config is built once, on the meta device."""
-        key = files.digest(config)
+        key = files.digest(config), lowrank
         if key not in self._facts:
-            from distill import models
+            from distill.lowrank import counting
 
-            self._facts[key] = models.facts(config)
+            self._facts[key] = counting.facts(config, lowrank)
         return self._facts[key]
 
 

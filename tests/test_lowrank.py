@@ -153,16 +153,36 @@ def test_what_is_counted_from_a_config_is_what_is_trained(spec, tmp_path):
     for family in ("bert", "gpt2", "llama"):
         held = students.load(started(tmp_path / family, family, spec, random=False), tiny.head(family))
         facts = models.facts(held.config)
-        after = counting.counted(facts, held.config, spec)
+        after = counting.facts(held.config, spec)
         assert after.parameters == sum(p.numel() for p in held.parameters())
         if spec is LOW:
             assert after.body == facts.body - (facts.parameters - after.parameters)
             assert after.blocks[0] == sum(p.numel() for p in taps.blocks(held.base_model)[0].parameters())
-            assert counting.rebuilding(held.config, spec) == 0
+            assert after.rebuilt == 0
         else:
             assert (after.body, after.blocks) == (facts.body, facts.blocks)
             ranks = [m for m in held.modules() if isinstance(m, SparseLowRank)]
-            assert counting.rebuilding(held.config, spec) == sum(8 * 7 * m.B.shape[0] * m.A.shape[1] for m in ranks)
+            assert after.rebuilt == sum(8 * 7 * m.B.shape[0] * m.A.shape[1] for m in ranks)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "density", "full", "held"),
+    [
+        ((512, 1376, 8, 8), 128, 0.03, 58.1, 43.5),
+        ((768, 2048, 12, 12), 256, 0.03, 134.1, 96.5),
+        ((1024, 2736, 24, 16), 256, 0.03, 368.0, 194.3),
+        ((2048, 5461, 24, 32), 512, 0.03, 1339.1, 645.5),
+        ((4096, 11008, 32, 32), 1024, 0.05, 6738, 3145),
+    ],
+)
+def test_the_paper_s_models_have_its_numbers(sizes, rank, density, full, held):
+    """Millions, of SLTrain's Table 2 as its configs give them."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = {"model_type": "llama", "vocab_size": 32000, "architectures": ["LlamaForCausalLM"]}
+    config |= dict(zip(keys, sizes, strict=True))
+    facts = counting.facts(config, LowRankSpec(rank=rank, alpha=8.0, density=density))
+    assert facts.parameters == pytest.approx(held * 1e6, rel=1e-3)
+    assert models.facts(config).parameters == pytest.approx(full * 1e6, rel=1e-3)
 
 
 def test_a_start_is_a_function_of_seed_and_name_alone(tmp_path):
@@ -204,7 +224,7 @@ def test_keys_that_mean_nothing_are_refused(keys, why):
 def test_a_rank_that_no_matrix_has_is_refused_by_name():
     model = tiny.model("bert")
     with pytest.raises(UserError, match=r"rank 41: encoder.layer.0.intermediate.dense is 40 x 48.*above 40"):
-        counting.counted(models.facts(model.config), model.config, LowRankSpec(rank=41, scope=["ffn"]))
+        counting.facts(model.config, LowRankSpec(rank=41, scope=["ffn"]))
 
 
 def test_tied_matrices_and_a_scope_that_hits_nothing_are_refused(tmp_path):

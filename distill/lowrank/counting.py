@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from distill import loading, taps
+from torch import nn
+
+from distill import loading, models, taps
 from distill.lowrank import students
 from distill.lowrank.spec import LowRankSpec
 from distill.models import Facts
 
 
-def counted(facts: Facts, config, spec: LowRankSpec) -> Facts:
-    """The facts of a student whose matrices are factors.
+def facts(config: Any, spec: LowRankSpec | None) -> Facts:
+    """The facts of a student whose matrices are factors while it trains; `config` as in `models.facts`.
 
     A token is multiplied with the factors where they are alone, and with the whole matrix where values stand beside.
     """
-    model = loading.skeleton(loading.class_of(config, None), config, {})
-    saved = {layer: _saved(name, layer, spec) for name, layer in students.layers(model, spec.scope).items()}
-    per_block = [sum(saved.get(module, 0) for module in block.modules()) for block in taps.blocks(model)]
-    spared = [0 if spec.density else n for n in per_block]
+    if spec is None:
+        return models.facts(config)
+    whole, base = models.facts(config), _base(config)
+    layers = students.layers(base, spec.scope)
+    sizes = {layer: students.size(name, layer, spec) for name, layer in layers.items()}
+    saved = {layer: layer.weight.numel() - sizes[layer].numbers for layer in layers.values()}
+    spared = {} if spec.density else saved
+    per_block = [sum(spared.get(module, 0) for module in block.modules()) for block in taps.blocks(base)]
     return replace(
-        facts,
-        parameters=facts.parameters - sum(saved.values()),
-        blocks=tuple(n - less for n, less in zip(facts.blocks, spared, strict=True)),
-        body=facts.body - sum(spared),
+        whole,
+        parameters=whole.parameters - sum(saved.values()),
+        blocks=tuple(n - less for n, less in zip(whole.blocks, per_block, strict=True)),
+        body=whole.body - sum(per_block),
+        rebuilt=sum(map(_rebuilding, sizes.values())),
     )
 
 
-def _saved(name: str, layer, spec: LowRankSpec) -> int:
-    (out, into), (rank, n, _) = students.shape(layer), students.size(name, layer, spec)
-    return out * into - rank * (out + into) - n
+def _base(config: Any) -> nn.Module:
+    read = loading.configuration(config) if isinstance(config, dict | Path) else config
+    return loading.skeleton(loading.class_of(read, None), read, {})
 
 
-def rebuilding(config, spec: LowRankSpec) -> int:
-    """FLOPs of one forward and backward pass that no token asks for: W twice, and from its gradient those of B and A,
+def _rebuilding(size: students.Size) -> int:
+    """FLOPs of a forward and a backward pass that no token asks for: W twice, and from its gradient those of B and A,
     each one product of out x rank x in."""
-    if not spec.density:
-        return 0
-    model = loading.skeleton(loading.class_of(config, None), config, {})
-    found = students.layers(model, spec.scope).items()
-    shapes = ((*students.shape(layer), students.size(name, layer, spec)[0]) for name, layer in found)
-    return sum(4 * 2 * out * rank * into for out, into, rank in shapes)
+    return 4 * 2 * size.out * size.rank * size.into if size.values else 0

@@ -6,6 +6,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -59,13 +60,29 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
 
 
-def size(name: str, layer: nn.Module, spec: LowRankSpec) -> tuple[int, int, float]:
-    """(rank, number of values, scale) of one matrix."""
+@dataclass(frozen=True)
+class Size:
+    """Of one matrix: its own, its rank, how many values stand beside, and what scales B A."""
+
+    out: int
+    into: int
+    rank: int
+    values: int
+    scale: float
+
+    @property
+    def numbers(self) -> int:
+        """What is trained."""
+        return self.rank * (self.out + self.into) + self.values
+
+
+def size(name: str, layer: nn.Module, spec: LowRankSpec) -> Size:
+    """Refused where no matrix of this shape has this rank."""
     out, into = shape(layer)
     rank = spec.rank or factored.rank_of(out, into, spec.compress)
     if rank > min(out, into):
         raise UserError(f"rank {rank}: {name} is {out} x {into}, and no such matrix has a rank above {min(out, into)}")
-    return rank, factored.places(out, into, spec.density), (spec.alpha or rank) / rank
+    return Size(out, into, rank, factored.places(out, into, spec.density), (spec.alpha or rank) / rank)
 
 
 # The start
@@ -96,12 +113,12 @@ def begin(make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: in
 
 
 def _made(name: str, layer: nn.Module, spec: LowRankSpec, seed: int, random: bool) -> Factors:
-    rank, n, scale = size(name, layer, spec)
+    s = size(name, layer, spec)
     if not random:
-        return factored.split(_turned(layer, layer.weight.detach()), rank, n, scale)
+        return factored.split(_turned(layer, layer.weight.detach()), s.rank, s.values, s.scale)
     digest = hashlib.sha256(f"{seed}:{name}:factors".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return factored.drawn(*shape(layer), rank, n, scale, generator)
+    return factored.drawn(s.out, s.into, s.rank, s.values, s.scale, generator)
 
 
 def _turned(layer: nn.Module, W: Tensor) -> Tensor:

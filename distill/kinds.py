@@ -13,10 +13,9 @@ from distill.hooks import HOOKS, Hook
 from distill.lowrank.spec import LowRankSpec
 from distill.objectives import OBJECTIVES, RANKING
 from distill.operators import BARE, OPERATORS, Operator
-from distill.references import BM25
 from distill.refine import OPS, DataOp
 from distill.schedules import Pair, Schedule, Several, Value
-from distill.specs import Name, Positive, RankerSpec, Share
+from distill.specs import BM25, Name, Positive, RankerSpec, Share
 from growth.errors import did_you_mean
 
 # Models

@@ -811,15 +811,6 @@ def test_a_measure_that_is_none_is_said(wrong):
         measures.evaluate({"a": {"x": 1.0}}, {"a": {"x": 1}}, measures=[wrong])
 
 
-def test_reranking_scores_the_best_candidates_and_leaves_out_the_rest():
-    run = {"q1": {"d3": 1.0, "d5": 2.0, "4": 2.0, "d2": 3.0}, "q2": {}}
-    found = measures.reranked(run, KEPT, lambda pairs: np.array([len(text) for _, text in pairs]), depth=3)
-    assert found == {"q1": {"d2": 10.0, "4": 11.0, "d5": 16.0}, "q2": {}}
-    for wrong in (lambda pairs: np.ones((len(pairs), 1)), lambda pairs: np.full(len(pairs), np.nan)):
-        with pytest.raises(UserError, match="expected one finite number each"):
-            measures.reranked(run, KEPT, wrong)
-
-
 # Significance
 
 

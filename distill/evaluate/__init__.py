@@ -22,7 +22,7 @@ from distill.evaluate.saving import Saving
 from distill.evaluate.score import Score
 from distill.evaluate.speed import Speed
 from distill.evaluate.sts import Sts
-from distill.references import BM25
+from distill.specs import BM25
 from growth.console import bar
 from growth.errors import UsageError, did_you_mean
 from growth.files import write_json

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,13 +15,13 @@ from pathlib import Path
 import torch
 
 import growth
-from distill.ranking import measures, ordering, search, trec
+from distill.ranking import dense, measures, ordering, search, trec
 from distill.ranking.collection import Collection
 from distill.ranking.kinds import HEAD
 from distill.ranking.opening import Form, Opened, Pair, form_of, opened
 from distill.ranking.significance import compare
 from distill.ranking.trec import Run
-from distill.references import BM25
+from distill.specs import BM25
 from growth import ranges
 from growth.errors import UserError
 
@@ -143,12 +142,10 @@ class Bench:
     def _run(self, subject: Subject, directory: Path) -> Run:
         if subject.form is None:
             return self.candidates
-        if not self.retrieve:
-            return ordering.in_order(subject.open(), self.collection, self.candidates, self.depth, subject.name)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            return ordering.searched(
-                subject.open(), self.collection, self.asked, self.depth, Path(scratch), subject.name
-            )
+        if self.retrieve:
+            scratch = directory / "vectors"
+            return dense.run(subject.open(), self.collection.documents, self.asked, self.depth, scratch)
+        return ordering.in_order(subject.open(), self.collection, self.candidates, subject.name)
 
     def comparisons(self, rows: Mapping[str, Sequence[Subject]], against: Sequence[str]) -> list[dict]:
         """Every row against these, by the first measure, paired over queries.

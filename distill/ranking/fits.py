@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distill import sources
-from distill.kinds import Stage, TrainSpec
+from distill.evaluate import OF_RANKERS
+from distill.kinds import EvaluateSpec, Stage, TrainSpec
+from distill.ranking.kinds import DualKind
 from distill.ranking.prepared import GROUPS, MANIFEST
-from distill.specs import EngineSpec
+from distill.specs import BM25, EngineSpec
 from growth.errors import UserError
 from growth.files import read_json
 
@@ -99,6 +101,40 @@ def of_text(stage: Stage, planned) -> Iterator[str]:
     if planned.recipe.collection(train.corpus):
         loss = train.objectives()[0][0]
         yield f"data: {train.corpus} is of queries and passages, for rankers; {loss} reads text of `corpora`"
+
+
+def of_evaluation(stage: Stage, planned) -> Iterator[str]:
+    """Rankers where models of text are measured, text where rankers are, or a ranker that cannot search."""
+    spec = stage.evaluate
+    collection = planned.recipe.collection(spec.data) if spec.data else None
+    if not spec.ranks:
+        if spec.data is None:
+            yield "data: name the corpus to measure on; no stage of this recipe trains on text"
+        if collection:
+            yield f"data: {spec.data} is of queries and documents; {', '.join(OF_RANKERS)} are measured on it"
+        for label, reference in spec.rows.items():
+            if scores_pairs(reference, planned):
+                yield f"rows.{label}: {reference} is a ranker; {', '.join(OF_RANKERS)} measure it on a collection"
+        return
+    if not collection:
+        yield f"data: {spec.data} is text; rankers are measured on one of `collections`"
+    for label, reference in spec.rows.items():
+        yield from (f"rows.{label}: {what}" for what in _of_row(reference, spec, planned))
+
+
+def _of_row(reference: str, spec: EvaluateSpec, planned) -> Iterator[str]:
+    if reference == BM25:
+        return
+    try:
+        kind = planned.ranker(reference)
+    except UserError as error:
+        yield str(error)
+        return
+    if spec.retrieve and not isinstance(kind, DualKind):
+        yield (
+            f"retrieve: {reference} makes no vector of a document, so it cannot search all of them; a stage without "
+            "`retrieve` has it order those of BM25"
+        )
 
 
 def scores_pairs(reference: str, planned) -> bool:

@@ -6,18 +6,16 @@ single precision and breaks ties by itself, other providers otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
-from distill.ranking.collection import Collection, Judgements
+from distill.ranking.collection import Judgements
 from distill.ranking.trec import Run, ranked
 from growth.errors import UsageError, UserError, did_you_mean
 
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")
-QUERIES = 64  # whose candidates are scored at once
 
 
 @dataclass(frozen=True)
@@ -105,21 +103,3 @@ def _ir_measures():
     except ImportError:
         raise UserError("measures need the package ir-measures: pip install 'distill-growth[ranking]'") from None
     return ir_measures
-
-
-Scorer = Callable[[list[tuple[str, str]]], np.ndarray]  # texts of pairs -> their scores [P]
-
-
-def reranked(run: Run, collection: Collection, score: Scorer, depth: int = 100) -> Run:
-    """The `depth` best documents of each query, with the scores that `score` gives; what lies below is left out."""
-    found: dict[str, dict[str, float]] = {}
-    queries = iter(run)
-    while some := list(islice(queries, QUERIES)):
-        pairs = [(query, document) for query in some for document in ranked(run[query])[:depth]]
-        scores = np.asarray(score([collection.pair(*pair) for pair in pairs]))
-        if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
-            raise UserError(f"found scores {scores.shape} for {len(pairs)} pairs, expected one finite number each")
-        found.update((query, {}) for query in some)
-        for (query, document), value in zip(pairs, scores.tolist(), strict=True):
-            found[query][document] = value
-    return found

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from distill.lowrank.refactor import Refactor
 from distill.schedules import Several, Value
+from distill.sparsity.values import Mask, Sparsify
 from growth.errors import UserError
 from growth.files import read_json
 from growth.writer import LINEAGE
@@ -114,7 +115,9 @@ class Freeze(Value):
         return ()
 
 
-HOOKS: dict[str, type[Hook]] = {"submodel": Submodel, "freeze": Freeze, "refactor": Refactor}
+HOOKS: dict[str, type[Hook]] = {
+    "submodel": Submodel, "freeze": Freeze, "refactor": Refactor, "mask": Mask, "sparsify": Sparsify,
+}  # fmt: skip
 
 
 # Before training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson
 from distill.lowrank import counting, students
 from distill.preflight import micro_batch
 from distill.schedules import Progress
+from distill.sparsity.values import Mask
 from distill.teachers.targets import Source, Targets, opened
 
 
@@ -39,9 +41,12 @@ class Language:
         if not start.exists():
             student, seed = self.spec.student, self.seed
 
+            masked = next((hook.from_ for hook in self.spec.hook_values() if isinstance(hook, Mask)), None)
+            masks = masked and self.context.model(masked)
+
             def make(dst: Path) -> Path:
                 return models.seed_checkpoint(
-                    student, self.context.model, dst, self.head, seed, self.corpus.path, classes=self.classes
+                    student, self.context.model, dst, self.head, seed, self.corpus.path, self.classes, masks
                 )
 
             factors = student.lowrank
@@ -91,6 +96,9 @@ class Language:
         """What else the metrics of the stage are."""
         return {}
 
-    def export(self, trained: dict[str, torch.Tensor], dst: Path) -> None:
-        """An ordinary directory: trained masters, everything else as it was at the start."""
-        self._kept.export(self.start, trained, dst)
+    def export(self, trained: dict[str, torch.Tensor], dst: Path, beside: Callable[[Path], None] | None = None) -> None:
+        """An ordinary directory: trained masters, everything else as it was at the start; `beside` writes masks."""
+        if beside:
+            models.export(self.start, trained, dst, beside)
+        else:
+            self._kept.export(self.start, trained, dst)

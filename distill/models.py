@@ -21,6 +21,7 @@ from distill import classifiers, growing, layout, loading, taps
 from distill.loading import load
 from distill.operators import Cut, Given
 from distill.sources import resolve, weights_sha256
+from distill.sparsity import stored
 from growth import checkpoint as reading
 from growth import files
 from growth.console import say
@@ -125,26 +126,27 @@ def seed_checkpoint(
     seed: int,
     corpus: Path | None = None,
     classes: Sequence[str] | None = None,
+    masks: Path | None = None,
 ) -> Path:
     """The student before its first step, as safetensors: the same for every ZeRO stage and number of ranks.
 
     One of random weights takes the tokenizer of its corpus with it, any other its own. `classes`: of a head that
-    classifies.
+    classifies. `masks`: the checkpoint whose masks are laid over it, else it has those of what it was made from.
     """
     source = student.origin and resolve_ref(student.origin)
     if source is None:
         tokenizer = corpus and corpus / "tokenizer"
         config = _new_config(student.new, resolve_ref)
         config = classifiers.named(config, classes) if classes else config
-        return save(fresh(config, head, seed), dst, carry=tokenizer)
+        return save(fresh(config, head, seed), dst, carry=tokenizer, masks=masks)
     if student.from_:
-        return _continue(source, dst, head, seed, classes)
+        return _continue(source, dst, head, seed, classes, masks)
     ops = student.grow.operators() if student.grow else [("cut", Cut(layers=student.cut.layers))]
     scratch = Path(dst).with_name(f"{Path(dst).name}.grown")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
         grown = growing.apply(ops, source, scratch, Given(seed, resolve_ref, corpus and (lambda: corpus)))
-        return _continue(grown, dst, head, seed, classes)
+        return _continue(grown, dst, head, seed, classes, masks)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -164,7 +166,9 @@ def export(
     return save(model, dst, carry=start, overwrite=True, story={"preserves": "no"}, beside=beside)
 
 
-def _continue(source: Path, dst: Path, head: str | None, seed: int, classes: Sequence[str] | None) -> Path:
+def _continue(
+    source: Path, dst: Path, head: str | None, seed: int, classes: Sequence[str] | None, masks: Path | None
+) -> Path:
     """With the head asked for, else with the one the checkpoint has: not to train it is no reason to lose it."""
     head = head or loading.own_head(loading.configuration(source))
     if classes is None:
@@ -173,7 +177,7 @@ def _continue(source: Path, dst: Path, head: str | None, seed: int, classes: Seq
         model = classifiers.load(source, classes)
     else:
         model = _with_new_head(source, classes, seed)
-    return save(model, dst, carry=source)
+    return save(model, dst, carry=source, masks=masks or source)
 
 
 def _with_new_head(source: Path, classes: Sequence[str], seed: int) -> nn.Module:
@@ -225,11 +229,14 @@ def save(
     overwrite: bool = False,
     story: Mapping[str, str] | None = None,
     beside: Callable[[Path], None] | None = None,
+    masks: Path | None = None,
 ) -> Path:
     """The checkpoint directory, whole or not at all, with the tokenizer and the lineage of `carry`.
 
-    `story` is what the lineage must say otherwise; `beside` writes files of its own into the directory.
+    `story` is what the lineage must say otherwise; `beside` writes files of its own into the directory; `masks` is the
+    checkpoint whose masks, if it has any, are laid over the model.
     """
+    held = stored.laid_over(model, masks) if masks else {}
     files.ensure_space(dst, sum(p.numel() * p.element_size() for p in model.parameters()), "a model")
     with files.committed(dst, overwrite=overwrite) as temporary, loading.quiet():
         try:
@@ -241,6 +248,8 @@ def save(
         if carry and (Path(carry) / LINEAGE).exists():
             lineage = files.read_json(reading.inside(Path(carry), LINEAGE))
             files.write_json(temporary / LINEAGE, {**lineage, **(story or {})})
+        if held:
+            stored.write(temporary, held)
         if beside:
             beside(temporary)
     return Path(dst)

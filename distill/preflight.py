@@ -20,6 +20,7 @@ from distill.ranking import costs, fits
 from distill.ranking.kinds import ClassifierKind, RankerKind
 from distill.recipe import Recipe
 from distill.refine import cache
+from distill.sparsity.fits import misfits
 from distill.specs import EngineSpec
 from growth import files
 from growth.anatomy import dissect
@@ -237,7 +238,7 @@ def _of_training(stage: Stage, planned: Planned, ranks: int) -> list[str]:
         for facts in (said[objective.target] if objective.target else (None,))
         for what in objective.check(student, facts)
     ]
-    own = [*_of_batch(stage, planned, ranks), *_of_hooks(stage, student), *_of_curve(stage, planned)]
+    own = [*_of_batch(stage, planned, ranks), *_of_hooks(stage, student, planned), *_of_curve(stage, planned)]
     own += [*_of_average(stage, planned), *_of_ensembles(stage)]
     rest = [*own, *fitting.of_training(stage, planned, student, teachers), *cache.misfits(stage, planned.recipe)]
     rest += fitting.of_classes(stage, planned.recipe)
@@ -252,7 +253,7 @@ def _of_ranker(stage: Stage, planned: Planned, ranks: int) -> Iterator[str]:
         return
     wrong = list(_of_batch(stage, planned, ranks))
     rows = None if wrong else micro_batch(planned.recipe.engine, stage.train.optim, ranks)
-    yield from [*wrong, *_of_hooks(stage, student), *_of_average(stage, planned)]
+    yield from [*wrong, *_of_hooks(stage, student, planned), *_of_average(stage, planned)]
     yield from fits.of_training(stage, planned, rows)
 
 
@@ -263,10 +264,11 @@ def _of_batch(stage: Stage, planned: Planned, ranks: int) -> Iterator[str]:
         yield str(error)
 
 
-def _of_hooks(stage: Stage, student) -> Iterator[str]:
+def _of_hooks(stage: Stage, student, planned: Planned) -> Iterator[str]:
     objectives = [objective for _, objective in stage.train.objectives()]
     for name, hook in (hook.named() for hook in stage.train.hooks):
         yield from (f"hooks.{name}: {what}" for what in hook.check(student, objectives))
+    yield from misfits(stage, planned)
 
 
 def _of_curve(stage: Stage, planned: Planned) -> Iterator[str]:

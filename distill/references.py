@@ -26,6 +26,7 @@ REFERENCES = {
     "stages.*.train.targets.*.ensemble.*": "source",
     "stages.*.train.targets.*.cache": "scored",
     "stages.*.train.loss.*.*.target": "target",
+    "stages.*.train.hooks.*.mask.from": "source",
     "stages.*.data.from": "data",
     "stages.*.data.ops.*.score.teacher": "source",
     "stages.*.data.ops.*.score.reference": "source",

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from distill.preflight import micro_batch
 from distill.ranking import scales
 from distill.ranking.relevance import Relevance
 from distill.schedules import Progress, fixed
+from distill.sparsity.student import Sparse
 from distill.teachers.targets import Targets
 from growth import console
 from growth.console import count
@@ -86,6 +87,7 @@ class Stage:
             hook.prepare(self.student, sources.encoder(self.subject.start))
         scales.settle(self.directory, self.objectives, self.student, self.targets, self.data)
         frozen = freeze_unreachable(self.lesson, self.targets, self.data, parts)
+        self.sparse = Sparse(self.hooks, self.lesson, sources.encoder(self.subject.start), self.seed)
         phases = {f"student.{name}": when for name, when in hooks.updated_in(self.student, parts).items()}
         engine = Engine(self.lesson, self.context.recipe.engine, self.spec.optim, self.micro_batch, phases)
         try:
@@ -116,6 +118,7 @@ class Stage:
             "seconds": round(seconds, 2),
             "tokens_per_second": last["tokens"] / seconds,
             **self.subject.summary(entries),
+            **self.sparse.summary(entries),
             **({"heldout": last["heldout"]} if "heldout" in last else {}),
         }
 
@@ -146,9 +149,11 @@ class Stage:
         if found is None:
             averages = [engine.shapes() for _ in self.targets.state()]
             world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes(), *averages)))
+            self.sparse.begin(engine, self.steps)
             return Spent()
         manifest = snapshot.restore(found, engine, self.belongs(), self._updates)
         self.targets.load(partial(snapshot.beside, found))
+        self.sparse.resume(engine, partial(snapshot.beside, found))
         world.first(lambda: _forget_after(self.log, manifest["step"]))
         return Spent.of({**manifest["cursor"], "step": manifest["step"]})
 
@@ -165,7 +170,7 @@ class Stage:
 
     def _save(self, engine: Engine, spent: Spent) -> None:
         cursor = {**asdict(spent), "position": self._position(spent.step)}
-        parent, beside = self.directory / "snapshots", self.targets.state()
+        parent, beside = self.directory / "snapshots", self.targets.state() | self.sparse.state(engine)
         snapshot.save(parent, spent.step, engine, self.belongs(), cursor, self.spec.keep, beside)
 
     def _loop(self, engine: Engine, spent: Spent) -> None:
@@ -197,6 +202,7 @@ class Stage:
         progress = Progress(step=step, steps=self.steps, tokens=spent.tokens, flops=spent.flops)
         part = hooks.drawn(self.cost.parts, self.seed, step)
         active, before = self._active(progress), self.targets.calls
+        self.sparse.before(progress)
         batches = self.data(step, mask.at(progress) if (mask := self.subject.mask) else None)
         counts, real, pairs = self._count(batches, active)
         sums, teaching = self._learn(engine, batches, active, counts, part)
@@ -206,6 +212,7 @@ class Stage:
         lr = self.spec.lr.at(progress) * refactor.warmth(self.hooks, step)
         norm = engine.step(lr, part)
         refactor.after(self.hooks, engine, self.lesson, step + 1, self.steps)
+        sparse = self.sparse.after(engine, replace(progress, step=step + 1), self.cost)
         self.targets.moved(engine, progress)
         seconds = time.perf_counter() - began
         taught = {objective.target for objective in active.values() if objective.target}
@@ -219,6 +226,7 @@ class Stage:
             "terms": means,
             "weights": {name: objective.weight.value for name, objective in active.items()},
             **({"depth": part.depth} if part else {}),
+            **sparse,
             "tokens_per_second": real / seconds,
             **({"pairs_per_second": pairs / seconds} if pairs else {}),
             "seconds": seconds,
@@ -274,8 +282,9 @@ class Stage:
             )
 
     def _export(self, engine: Engine) -> None:
+        beside = self.sparse.beside(engine)
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
-        world.first(lambda: self.subject.export(trained, self.directory / "model"))
+        world.first(lambda: self.subject.export(trained, self.directory / "model", *beside))
 
 
 def memory() -> int:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from distill import world
 from distill.engine import Engine
+from distill.schedules import Progress
+from distill.sparsity.rules import Rule, Static
 from growth.bits import packed, unpacked
 from growth.errors import UserError
 
@@ -27,14 +29,19 @@ class Masking:
     """Masks of parameters of a module, by name, True where a weight is alive; for one engine.
 
     One byte a weight on every rank, on ZeRO 3 too. Begun before the engine is made, once it is known what is trained.
+    What no loss reaches keeps its mask, whatever `rule` does to others; every `check_every` steps the guard looks.
     """
 
-    def __init__(self, module: nn.Module, masks: Mapping[str, Tensor]):
+    def __init__(
+        self, module: nn.Module, masks: Mapping[str, Tensor], rule: Rule | None = None, check_every: int = 100
+    ):
         named = dict(module.named_parameters())
         self.trained = frozenset(name for name in masks if named[name].requires_grad)
         self.dead = {name: ~mask.to(named[name].device) for name, mask in masks.items()}
+        self.rule, self.check_every = rule or Static(), check_every
         self.weights = sum(p.numel() for p in named.values())  # before ZeRO 3 takes them apart
         self._gradients: dict[str, Tensor] | None = None
+        self._count: dict[str, int] | None = None  # counted anew when masks have changed
         for name in masks:
             _fill(named[name], self.dead[name])
         for name in self.trained:
@@ -51,13 +58,33 @@ class Masking:
     def masks(self) -> dict[str, Tensor]:
         return {name: ~dead for name, dead in self.dead.items()}
 
+    # In a run
+
+    def before(self, progress: Progress) -> None:
+        """A step begins."""
+        if self.rule.listens(progress):
+            self.listen()
+
+    def after(self, engine: Engine, progress: Progress) -> None:
+        """So many steps are done: change what is due, look where it is time. Collective."""
+        if self.rule.due(progress):
+            dead = {name: self.dead[name] for name in self.dead if name in self.trained}
+            self.change(engine, self.rule.changed(progress, lambda: engine.masters(dead), dead, self.heard))
+        if progress.step % self.check_every == 0:
+            self.check(engine)
+
     # Changes
 
     def change(self, engine: Engine, masks: Mapping[str, Tensor]) -> None:
         """Other masks for some parameters; what dies is cleared at once, what comes to life is zero. Collective."""
         dead = {name: ~mask.to(self.dead[name].device) for name, mask in masks.items()}
         self.dead.update(dead)
+        self._count = None
         engine.clear({name: dead[name] for name in dead.keys() & self.trained})
+
+    @property
+    def listening(self) -> bool:
+        return self._gradients is not None
 
     def listen(self) -> None:
         """From here on keep what the gradient of every weight would be, dead ones too."""
@@ -98,17 +125,21 @@ class Masking:
             raise UserError(f"the snapshot has masks for {len(bits)} tensors, this run for {len(self.dead)}")
         for name, dead in self.dead.items():
             self.dead[name] = ~unpacked(bits[name], tuple(dead.shape)).to(dead.device)
+        self._count = None
 
     # Numbers
 
     @property
-    def dead_weights(self) -> int:
-        return sum(int(dead.sum()) for dead in self.dead.values())
+    def alive(self) -> dict[str, int]:
+        """Live weights of every mask."""
+        if self._count is None:
+            self._count = {name: dead.numel() - int(dead.sum()) for name, dead in self.dead.items()}
+        return self._count
 
-    def density(self) -> dict[str, float]:
-        """Live weights of those that have a mask, and of all that the module has."""
-        masked = sum(dead.numel() for dead in self.dead.values())
-        return {"density": 1 - self.dead_weights / masked, "density_all": 1 - self.dead_weights / self.weights}
+    @property
+    def masked(self) -> int:
+        """Weights that have a mask."""
+        return sum(dead.numel() for dead in self.dead.values())
 
 
 @torch.no_grad()

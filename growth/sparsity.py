@@ -143,11 +143,12 @@ def _mask(
 def _drawn(shape: tuple[int, ...], name: str, seed: int):
     import torch
 
-    return torch.rand(shape, generator=generator(f"mask of {name}", seed), dtype=torch.float64)
+    return torch.empty(shape, dtype=torch.int32).random_(generator=generator(f"mask of {name}", seed))
 
 
 def _sizes(checkpoint: Any, name: str):
-    sizes = checkpoint.tensor(name).float().abs()
+    tensor = checkpoint.tensor(name)
+    sizes = (tensor if tensor.itemsize > 2 else tensor.float()).abs()
     if sizes.isnan().any():
         raise UserError(f"{checkpoint.path}: {name} is not finite (NaN), so it has no largest weights")
     return sizes
@@ -155,8 +156,10 @@ def _sizes(checkpoint: Any, name: str):
 
 def _largest(scores, kept: int):
     """True for exactly so many; among equal ones, for the first."""
+    import numpy as np
+
     flat = scores.flatten()
-    bar = flat.kthvalue(len(flat) - kept + 1).values
+    bar = np.partition(flat.numpy(), len(flat) - kept)[len(flat) - kept].item()
     mask = flat > bar
     equal = (flat == bar).nonzero()[:, 0]
     mask[equal[: kept - int(mask.sum())]] = True

@@ -21,6 +21,7 @@ from growth.shards import write_file
 
 FILE = "masks.safetensors"
 KEY, VERSION = "masks", 1  # in the metadata of the file
+INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by bytes
 PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)")
 
 
@@ -77,6 +78,13 @@ def unpacked(bits, shape: tuple[int, ...]):
 
     flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
     return torch.from_numpy(flat).view(torch.bool).reshape(shape)
+
+
+def as_integers(tensor):
+    """The same bytes, of a type that torch can choose from and fill whatever the type of floats."""
+    import torch
+
+    return tensor.contiguous().view(getattr(torch, INTEGERS[tensor.itemsize]))
 
 
 def write_masks(path: Path, masks: Mapping[str, Mask]) -> None:

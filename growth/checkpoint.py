@@ -14,7 +14,7 @@ from typing import Any
 from growth.errors import UserError
 from growth.files import digest, read_json
 from growth.ranges import Entry, blocks, header, inside, torch_dtype
-from growth.shards import INDEX, SINGLE
+from growth.shards import MODEL, PACKED, index_of, single_of
 from growth.writer import CONFIG, write
 
 __all__ = ["Checkpoint", "Entry", "open", "write"]
@@ -92,7 +92,12 @@ class Checkpoint(Mapping[str, Entry]):
 
 def open(path: str | Path) -> Checkpoint:
     """Read config.json and all headers of a checkpoint directory, and check that they tell one consistent story."""
-    path = Path(path)
+    return opened_as(path, MODEL)
+
+
+def opened_as(path: str | Path, stem: str) -> Checkpoint:
+    """The same where the files of weights have another name."""
+    path, single, index = Path(path), single_of(stem), index_of(stem)
     if not path.is_dir():
         raise UserError(f"{path} is not a checkpoint directory")
     config = read_json(inside(path, CONFIG))
@@ -101,44 +106,47 @@ def open(path: str | Path) -> Checkpoint:
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path / CONFIG}: architectures is {names!r}; a list of class names is expected")
-    entries = _indexed(path) if not (path / SINGLE).exists() and (path / INDEX).exists() else _single(path)
+    shards = not (path / single).exists() and (path / index).exists()
+    entries = _indexed(path, index) if shards else _single(path, single)
     if not entries:
         raise UserError(f"{path} holds no tensors")
     return Checkpoint(path, config, sorted({entry.file for entry in entries.values()}), entries)
 
 
-def _single(path: Path) -> dict[str, Entry]:
-    if os.path.lexists(path / SINGLE):
-        return header(inside(path, SINGLE))
+def _single(path: Path, single: str) -> dict[str, Entry]:
+    if os.path.lexists(path / single):
+        return header(inside(path, single))
+    if any((path / name).exists() for name in (single_of(PACKED), index_of(PACKED))):
+        raise UserError(f"{path} is packed: `growth unpack` makes a checkpoint of it")
     pickles = sorted(found.name for pattern in PICKLES for found in path.glob(pattern))
     if pickles:
         raise UserError(f"{path} holds only pickle ({pickles[0]}), which can run code: convert it to safetensors")
-    raise UserError(f"{path} has neither {SINGLE} nor {INDEX}")
+    raise UserError(f"{path} has neither {single} nor {single}.index.json")
 
 
-def _indexed(path: Path) -> dict[str, Entry]:
-    index = read_json(inside(path, INDEX))
-    where = index.get("weight_map") if isinstance(index, dict) else None
+def _indexed(path: Path, index: str) -> dict[str, Entry]:
+    told = read_json(inside(path, index))
+    where = told.get("weight_map") if isinstance(told, dict) else None
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise UserError(f"{path / INDEX}: 'weight_map' from tensor to file name is expected")
+        raise UserError(f"{path / index}: 'weight_map' from tensor to file name is expected")
     entries: dict[str, Entry] = {}
     safe = {file: inside(path, file) for file in sorted(set(where.values()))}  # all of them before any is opened
     for file, place in safe.items():
         found = header(place)
-        _compare(path, file, found, where)
+        _compare(path / file, index, found, where)
         entries.update(found)
     return entries
 
 
-def _compare(path: Path, file: str, found: Mapping[str, Entry], where: Mapping[str, str]) -> None:
+def _compare(file: Path, index: str, found: Mapping[str, Entry], where: Mapping[str, str]) -> None:
     for name in found:
         if name not in where:
-            raise UserError(f"{path / file} holds {name}, which {INDEX} does not list")
-        if where[name] != file:
-            raise UserError(f"{path / file} holds {name}, which {INDEX} places in {where[name]}")
-    lost = next((name for name, place in where.items() if place == file and name not in found), None)
+            raise UserError(f"{file} holds {name}, which {index} does not list")
+        if where[name] != file.name:
+            raise UserError(f"{file} holds {name}, which {index} places in {where[name]}")
+    lost = next((name for name, place in where.items() if place == file.name and name not in found), None)
     if lost:
-        raise UserError(f"{path / file} lacks {lost}, which {INDEX} places there")
+        raise UserError(f"{file} lacks {lost}, which {index} places there")
 
 
 def refuse_not_finite(checkpoint) -> None:

@@ -250,6 +250,33 @@ def densify(src, dst, output):
 
 
 @main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--shard-size", default="5GB", show_default=True, help="Largest file.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint.")
+def pack(src: str, dst: str, shard_size: str, overwrite: bool) -> None:
+    """Keep of the sparse checkpoint SRC its live weights and its masks alone, for the disk."""
+    from growth.operate import Output
+    from growth.packing import pack, stored
+
+    made = pack(src, dst, output=Output(shard_size, overwrite=overwrite))
+    say(f"{made}: {size(stored(made))} for the {size(stored(src))} of {src}")
+
+
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--shard-size", default="5GB", show_default=True, help="Largest file.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint.")
+def unpack(src: str, dst: str, shard_size: str, overwrite: bool) -> None:
+    """Make of what was packed the checkpoint that it was, to the last bit."""
+    from growth.operate import Output
+    from growth.packing import unpack
+
+    say(f"{unpack(src, dst, output=Output(shard_size, overwrite=overwrite))}: as it was before it was packed")
+
+
+@main.command()
 @click.argument("src", default=".")
 @click.option("--length", default=512, show_default=True, help="Tokens of a sequence, for the FLOPs.")
 def masks(src: str, length: int) -> None:

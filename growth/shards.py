@@ -15,10 +15,21 @@ from growth.files import ensure_space, fault, write_json
 from growth.pieces import Computed, Fill, facts, packed
 from growth.ranges import BYTES, Entry, blocks
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL, PACKED = "model", "packed"  # what the names of files of weights begin with
 ORDER = list(BYTES)
 NO_RANGES = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}  # where copy_file_range cannot
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def single_of(stem: str) -> str:
+    return f"{stem}.safetensors"
+
+
+def index_of(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+SINGLE = single_of(MODEL)
 
 
 def bytes_of(text: str | int) -> int:
@@ -31,7 +42,7 @@ def bytes_of(text: str | int) -> int:
     raise UserError(f"shard size {text!r}: write 500MB or 5GB")
 
 
-def write_shards(directory: Path, tensors: Iterable[tuple[str, Any]], limit: int) -> None:
+def write_shards(directory: Path, tensors: Iterable[tuple[str, Any]], limit: int, stem: str = MODEL) -> None:
     shards: list[dict[str, int]] = []
     with bar(None, f"writing {directory.name.partition('.tmp-')[0]}") as advance:
         for number, shard in enumerate(_shards(tensors, limit)):
@@ -39,7 +50,7 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Any]], limit: int
             shards.append(write_file(directory / f"{number}.part", shard))
             fault("write.after_shard")
             advance(len(shard), f"shard {number + 1}")
-    _name_shards(directory, shards)
+    _name_shards(directory, shards, stem)
 
 
 def _shards(tensors: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:
@@ -57,16 +68,18 @@ def _shards(tensors: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tup
     yield shard
 
 
-def _name_shards(directory: Path, shards: list[dict[str, int]]) -> None:
+def _name_shards(directory: Path, shards: list[dict[str, int]], stem: str) -> None:
     if len(shards) == 1:
-        (directory / "0.part").rename(directory / SINGLE)
+        (directory / "0.part").rename(directory / single_of(stem))
         return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for i, name in enumerate(names):
         (directory / f"{i}.part").rename(directory / name)
     where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(sum(shard.values()) for shard in shards)
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    write_json(
+        directory / index_of(stem), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    )
 
 
 def write_file(path: Path, shard: list[tuple[str, Any]], metadata: Mapping[str, str] | None = None) -> dict[str, int]:

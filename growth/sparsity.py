@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from growth.anatomy import Anatomy, dissect
-from growth.bits import FILE, Mask, group
+from growth.bits import FILE, Mask, as_integers, group
 from growth.errors import UsageError, UserError, did_you_mean
 from growth.families.table import Slot
 from growth.masks import is_sparse
@@ -28,7 +28,6 @@ HOW = ("random", "magnitude")
 SCOPE = tuple(AXES)
 RESCALE = ("none", "sqrt_density")
 SPARSITY = 0.75  # the paper's highest
-INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by bytes
 
 
 def sparsify(
@@ -195,7 +194,4 @@ def _alive(checkpoint: Any, name: str, mask: Mask, factor: float):
 
 def zero(tensor, dead):
     """Zero where dead and the same bits elsewhere, in any type; filled and not multiplied, since 0 x NaN is NaN."""
-    import torch
-
-    bits = tensor.contiguous().view(getattr(torch, INTEGERS[tensor.itemsize]))
-    return bits.masked_fill(dead, 0).view(tensor.dtype)
+    return as_integers(tensor).masked_fill(dead, 0).view(tensor.dtype)

@@ -18,6 +18,7 @@ from tiny_families import CONFIGS, LANGUAGE_MODELS
 
 import growth
 from growth import masks as reading
+from growth import packing
 from growth.anatomy import dissect
 from growth.bits import FILE, KEY, Mask, packed, unpacked, write_masks
 from growth.cli import main
@@ -460,3 +461,43 @@ def test_inspecting_reads_headers_only_and_refuses_masks_of_another_checkpoint(s
 def test_transformers_reads_a_sparse_checkpoint_as_any_other(source, tmp_path, kind):
     dst = growth.sparsify(source(kind), tmp_path / "sparse")
     assert tiny_families.logits(tiny_families.load(dst, LANGUAGE_MODELS[kind])).isfinite().all()
+
+
+# Less room on the disk
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_unpacking_gives_every_byte_of_every_file_back(source, tmp_path, kind, dtype):
+    src = source(kind, torch.bfloat16)
+    if dtype.itemsize == 1:
+        src = shutil.copytree(src, tmp_path / "src")
+        eight = {name: tensor.to(dtype) for name, tensor in weights(src).items()}
+        save_file(eight, src / "model.safetensors", metadata={"format": "pt"})
+    sparse = growth.sparsify(src, tmp_path / "sparse", output=Output(shard_size="20KB"))
+    packing.pack(sparse, tmp_path / "packed")
+    back = packing.unpack(tmp_path / "packed", tmp_path / "back", output=Output(shard_size="20KB"))
+    files = sorted(path.name for path in sparse.iterdir())
+    assert files == sorted(path.name for path in back.iterdir())
+    assert all((sparse / name).read_bytes() == (back / name).read_bytes() for name in files)
+    masked = sum(mask.size for mask in read(sparse).values())
+    saved = packing.stored(sparse) - packing.stored(tmp_path / "packed")
+    assert saved == pytest.approx(0.75 * masked * dtype.itemsize, rel=0.1)
+
+
+def test_what_is_packed_is_opened_by_nobody_else_and_says_so(source, tmp_path):
+    sparse = growth.sparsify(source("gpt2"), tmp_path / "sparse")
+    packed = packing.pack(sparse, tmp_path / "packed")
+    with pytest.raises(UserError, match="is packed: `growth unpack`"):
+        growth.open(packed)
+    with pytest.raises(OSError, match="no file named"):
+        tiny_families.load(packed)
+    with pytest.raises(UserError, match=r"masks\.safetensors"):
+        packing.pack(source("gpt2"), tmp_path / "dense")
+    with pytest.raises(UserError, match=r"has neither packed\.safetensors"):
+        packing.unpack(sparse, tmp_path / "x")
+    shutil.copy(growth.sparsify(source("gpt2"), tmp_path / "half", sparsity=0.5) / FILE, packed / FILE)
+    with pytest.raises(UserError, match=r"c_attn\.weight holds \[675\] weights, its mask keeps 1350"):
+        packing.unpack(packed, tmp_path / "x")
+    done = CliRunner().invoke(main, ["pack", str(sparse), str(tmp_path / "again")])
+    assert done.exit_code == 0 and "kB for the" in done.output

@@ -17,8 +17,10 @@ from distill.ranking.trec import number
 from growth.errors import UserError
 
 # three: triples. Four: with the places of answers, which are not read. Five: neural-ranking-kd's teacher scores, by id
-# or with texts. Seven: with scores of each passage of a document, space-separated, which are not read.
+# or with texts. Seven: with scores of each passage of a document, space-separated, which are looked at and not
+# kept.
 SCORES = ("positive_score", "negative_score")
+PASSAGES = {"positive_passages", "negative_passages"}
 COLUMNS = {
     columns.count(" ") + 1: tuple(columns.split())
     for columns in (
@@ -33,10 +35,12 @@ QUERY, POSITIVE = ("query", "query_id", "qid"), ("positive", "positive_id")
 OTHERS = ("negative", "negatives", "document", "documents", "negative_id", "negative_ids", "document_id",
           "document_ids")  # fmt: skip
 SCORE = ("score", "scores")
+HARD = {"qid", "pos", "neg"}  # of sentence-transformers' hard negatives
 IDS = re.compile(r"(.*_ids?|qid)")
 RECORD = (
     "an object with query, positive and negative(s), or query and document(s); for ids query_id, positive_id, "
-    "negative_id(s), document_id(s); scores as positive_score and negative_score, or in `scores` one a document"
+    "negative_id(s), document_id(s); scores as positive_score and negative_score, or in `scores` one a document; or "
+    "with ids qid, pos and neg: {system: [...]}"
 )
 
 
@@ -71,10 +75,17 @@ def _tab_separated(path: Path, ids: bool) -> Iterator[Row]:
             raise UserError(f"{where}: {len(cells)} columns, expected {len(columns)} as above: {' '.join(columns)}")
         row = dict(zip(columns, cells, strict=True))
         scores = tuple(number(row[name], where, f"{name} in {columns}") for name in SCORES if name in row)
+        for name in PASSAGES & row.keys():
+            _look_at(row[name], where, name)
         named = [row[name].strip() for name in ("query", "positive", "negative")]
         if not all(named):
             raise UserError(f"{where}: an empty column, expected {' '.join(columns)}")
         yield Row(where, named[0], tuple(named[1:]), scores or None, True, ids)
+
+
+def _look_at(scores: str, where: str, name: str) -> None:
+    for score in scores.split():
+        number(score, where, f"{name} as numbers with spaces between them")
 
 
 def _form(cells: list[str], ids: bool, where: str) -> tuple[str, ...]:
@@ -86,7 +97,19 @@ def _form(cells: list[str], ids: bool, where: str) -> tuple[str, ...]:
 
 
 def _json_lines(path: Path, ids: bool) -> Iterator[Row]:
-    return (_row(record, where) for where, record in records(path, RECORD))
+    for where, record in records(path, RECORD):
+        yield from _hard(record, where) if record.keys() >= HARD else (_row(record, where),)
+
+
+def _hard(record: dict[str, Any], where: str) -> Iterator[Row]:
+    """Of the hard negatives of sentence-transformers: for each answer all that any system has found; none, no row."""
+    if not isinstance(record["neg"], dict) or isinstance(record["qid"], list):
+        raise UserError(f"{where}: expected {{qid: id, pos: [ids], neg: {{system: [ids]}}}}")
+    queries, positives = _listed(record, "qid", where), _listed(record, "pos", where, ids=True)
+    found = dict.fromkeys(name for system in record["neg"] for name in _listed(record["neg"], system, where, ids=True))
+    negatives = tuple(name for name in found if name not in positives)
+    for positive in positives if negatives else ():
+        yield Row(where, queries[0], (positive, *negatives), None, True, True)
 
 
 def _parquet(path: Path, ids: bool) -> Iterator[Row]:
@@ -117,11 +140,11 @@ def _row(record: dict[str, Any], where: str) -> Row:
     return Row(where, query[0], documents, _scores(record, documents, where), bool(positive), names[0] != "query")
 
 
-def _listed(record: dict[str, Any], name: str | None, where: str) -> list[str]:
+def _listed(record: dict[str, Any], name: str | None, where: str, *, ids: bool = False) -> list[str]:
     if name is None:
         return []
     values = record[name] if isinstance(record[name], list) else [record[name]]
-    kinds = str | int if IDS.fullmatch(name) else str
+    kinds = str | int if ids or IDS.fullmatch(name) else str
     if any(isinstance(value, bool) or not isinstance(value, kinds) or value == "" for value in values):
         raise UserError(f"{where}: {name!r} is {str(record[name])[:80]!r}; expected {RECORD}")
     return [text(str(value), where) for value in values]

@@ -20,23 +20,10 @@ class PairOp(DataOp):
     def check(self, planned, text: None) -> Iterator[str]:
         for reference in self.readers:
             try:
-                yield from self.misfits(reference, kind_of(reference, planned))
+                yield from self.misfits(reference, planned.ranker(reference))
             except UserError as error:
                 yield str(error)
 
     def misfits(self, reference: str, kind) -> Iterator[str]:
         """Every reason why a ranker of this kind cannot do it."""
         yield from ()
-
-
-def kind_of(reference: str, planned):
-    """The kind of ranker that a model is or a stage will make."""
-    from distill.ranking import opening
-
-    if reference in planned.recipe.models:
-        return opening.form_of(planned.context, reference).kind
-    stage = planned.recipe.stage(reference.partition(".")[0])
-    if not stage.train or not stage.train.ranks:
-        raise UserError(f"{reference} makes no ranker; a train stage whose losses are those of rankers does")
-    student = stage.train.student
-    return student.ranker.kind if student.ranker else kind_of(stage.origin, planned)

@@ -157,6 +157,8 @@ def _finite(values: np.ndarray, column: Column) -> bool:
 def seal(path: str | Path) -> None:
     """Nothing is missing: list the shards of all ranks in the manifest. Once, when every writer has ended."""
     path = Path(path)
+    for left in path.glob(f"{MANIFEST}.tmp-*"):  # of a run that was killed
+        left.unlink()
     about, _ = _read(path)
     listed = {
         s.path.name: {"rows": len(s), "sha256": shards.NAME.fullmatch(s.path.name)[1]}

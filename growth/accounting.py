@@ -143,5 +143,5 @@ def _cost(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int], l
 
 
 def _resized(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    followers = {axis: sizes["embed"] for axis in FOLLOWERS if axis in family.sizes}
+    followers = {axis: sizes["embed"] for axis in FOLLOWERS if family.sizes_of(config).get(axis)}
     return family.resized(config, {**sizes, **followers})

@@ -21,7 +21,6 @@ from growth.anatomy import dissect
 from growth.errors import UserError
 from growth.learn import LEARNED, RATE, STEPS
 from growth.ligo import STARTS
-from growth.masks import is_sparse
 from growth.merge import HOW as WAYS_TO_MERGE
 from growth.operate import PLAIN, seen
 from growth.reading import kind_of
@@ -260,10 +259,6 @@ class Densify(Operator):
     """The same weights without masks."""
 
     function = staticmethod(growth.densify)
-
-    def plan(self, model: Any, given: Given) -> Any:
-        """What training makes may have masks that no plan knows of."""
-        return super().plan(model if is_sparse(seen(model)) else growth.sparsify(model, sparsity=0), given)
 
 
 OPERATORS: dict[str, type[Operator]] = {

@@ -20,7 +20,7 @@ from distill.ranking import costs, fits
 from distill.ranking.kinds import ClassifierKind, RankerKind
 from distill.recipe import Recipe
 from distill.refine import cache
-from distill.sparsity.fits import misfits
+from distill.sparsity.fits import is_sparse, misfits
 from distill.specs import EngineSpec
 from growth import files
 from growth.anatomy import dissect
@@ -85,15 +85,16 @@ class Planned:
             dissect(growth.open(sources.encoder(self.context.model(reference))))
         config = loading.configuration(self.config(reference))
         model = loading.skeleton(loading.architecture(config) or loading.class_of(config, None), config, {})
-        model.masks = self._masks(reference)
+        model.masks = self._masks(reference, model)
         return model
 
-    def _masks(self, reference: str) -> dict[str, Any]:
-        """Of a model at hand, or one that operators will make; what training keeps of them is not known here."""
+    def _masks(self, reference: str, model) -> dict[str, Any]:
+        """Of a model at hand, or as operators will make them; of one trained sparse, that there will be some."""
         if reference in self.recipe.models:
             return masks_of(growth.open(sources.encoder(self.context.model(reference))))
-        stage = self.recipe.stage(reference.partition(".")[0])
-        return self.grown(stage.grow).masks if stage.grow else {}
+        if grown := self.recipe.stage(reference.partition(".")[0]).grow:
+            return self.grown(grown).masks
+        return growth.sparsify(model, sparsity=0).masks if is_sparse(reference, self) else {}
 
     def _new_config(self, new) -> dict[str, Any]:
         if new.like is not None:

@@ -309,6 +309,26 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_done(place, overrid
     assert words in str(refused.value) and "\n" not in str(refused.value) and not (place / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("hooks", "ops", "words"),
+    [
+        ("[{mask: {}}]", "[densify, {widen: {ffn: 57}}]", None),
+        ("[{mask: {}}]", "[{widen: {ffn: 57}}]", "stages.again.grow: widen: the model in memory is sparse"),
+        ("[{mask: {}}]", "[sparsify]", "stages.again.grow: sparsify: the model in memory has masks already"),
+        ("[]", "[densify]", "nothing keeps its masks while it trains"),
+    ],
+)
+def test_masks_of_stages_that_are_yet_to_be_trained_are_known(place, hooks, ops, words):
+    read = load("grown.grow.ops=[stack, sparsify]", f"full.train.hooks={hooks}", f"again.grow.ops={ops}")
+    context = Context(read, Path("out"), 0)
+    if words is None:
+        preflight.check(read, context)
+        return
+    with pytest.raises(UserError) as refused:
+        preflight.check(read, context)
+    assert words in str(refused.value)
+
+
 def test_the_nearest_width_that_works_is_named_for_a_student_that_is_yet_to_be_trained(place):
     config = {"model_type": "bert", **tiny.ENCODER, "num_hidden_layers": 2}
     chain = [

@@ -14,6 +14,9 @@ from distill.sparsity.choosing import WHOLE, Groups, Stream, largest, rewired
 from distill.sparsity.values import Sparsify
 from growth.noise import generator
 
+Bools = Mapping[str, Tensor]  # True where a weight is dead
+Heard = Callable[[], Mapping[str, Tensor]]  # gradients of all weights, of all ranks together; to be asked for once
+
 
 class Rule(Protocol):
     def listens(self, progress: Progress) -> bool:
@@ -22,13 +25,8 @@ class Rule(Protocol):
     def due(self, progress: Progress) -> bool:
         """Whether masks change once so many steps are done."""
 
-    def changed(
-        self, progress: Progress, weights: Stream, dead: Mapping[str, Tensor], heard: Heard
-    ) -> dict[str, Tensor]:
+    def changed(self, progress: Progress, weights: Stream, dead: Bools, heard: Heard) -> dict[str, Tensor]:
         """The masks from there on."""
-
-
-Heard = Callable[[], Mapping[str, Tensor]]  # gradients of all weights, of all ranks together; to be asked for once
 
 
 class Static(Rule):
@@ -50,9 +48,7 @@ class Prune(Static):
     def due(self, progress: Progress) -> bool:
         return self.spec.falls(progress) is not None
 
-    def changed(
-        self, progress: Progress, weights: Stream, dead: Mapping[str, Tensor], heard: Heard
-    ) -> dict[str, Tensor]:
+    def changed(self, progress: Progress, weights: Stream, dead: Bools, heard: Heard) -> dict[str, Tensor]:
         total = sum(mask.numel() for mask in dead.values())
         return largest(weights, dead, max(round(self.spec.falls(progress) * total), 1))
 
@@ -71,9 +67,7 @@ class Rewire(Static):
     def due(self, progress: Progress) -> bool:
         return self.spec.moves(progress) > 0
 
-    def changed(
-        self, progress: Progress, weights: Stream, dead: Mapping[str, Tensor], heard: Heard
-    ) -> dict[str, Tensor]:
+    def changed(self, progress: Progress, weights: Stream, dead: Bools, heard: Heard) -> dict[str, Tensor]:
         share, gradients = self.spec.moves(progress), heard() if self.spec.how == "rigl" else {}
         masks = {}
         for name, weight in weights():

@@ -70,10 +70,7 @@ class Sparsify(_Keeps):
             raise ValueError(f"exactly one of sparsity, density is needed, found {' and '.join(given) or 'none'}")
         if self.how != "magnitude" and given:
             raise ValueError(f"{given[0]}: {self.how} moves weights and keeps their number, which the start decides")
-        if (
-            self.density
-            and not 0 < min(y for _, y in self.density.points) <= max(y for _, y in self.density.points) <= 1
-        ):
+        if self.density and not all(0 < share <= 1 for _, share in self.density.points):
             raise ValueError("density: a share above 0, at which nothing is left, and at most 1, which is dense")
         return self
 

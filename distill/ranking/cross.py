@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from distill import classifiers, loading
-from distill.objectives.score_lists import wide
 from distill.ranking.encoding import Texts, encoded, first, in_order, inputs, last, mean
 from distill.ranking.joining import joined
 from distill.ranking.kinds import ClassifierKind, CrossKind
@@ -42,9 +41,7 @@ class Classifier(Ranker):
 
     def __init__(self, encoder: nn.Module, kind: ClassifierKind = ClassifierKind()):  # noqa: B008 (a frozen value)
         super().__init__(encoder, kind)
-        scoring = classifiers.last_layer(encoder)
-        scoring.float() if scoring.weight.itemsize < 4 else None  # a score in half precision may be off by 0.06
-        scoring.register_forward_pre_hook(lambda _, given: (wide(given[0]),))
+        classifiers.last_layer(encoder).__class__ = WideLinear  # the same layer; it makes the score
 
     def score(self, queries: Texts, passages: Texts, pairs: Tensor) -> Tensor:
         texts, model = joined(queries, passages, pairs, self.kind.join), self.encoder

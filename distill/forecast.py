@@ -18,7 +18,7 @@ from distill.cost import Cost, as_much_as, steps_for, working
 from distill.evaluate.machine import matmul_speed
 from distill.kinds import Stage
 from distill.preflight import Planned, check
-from distill.ranking import fits
+from distill.ranking import amounts, fits
 from distill.ranking.kinds import written
 from distill.recipe import Recipe
 from distill.specs import EngineSpec
@@ -97,9 +97,7 @@ def _refined(stages: list[Stage], planned: Planned, speed: float) -> tuple[list[
     for stage in stages:
         ops = stage.data.operations()
         readers = [reference for _, op in ops for reference in op.readers]
-        each = sum(2 * working(planned.facts(reference), head=True) for reference in readers)
-        tokens, exact = corpus_tokens(planned, stage.data.from_)
-        flops = _times(tokens, each * seeds) if each else 0
+        tokens, exact, flops = _reading(stage, readers, planned)
         lines.append(
             [
                 stage.id if seeds == 1 else f"{stage.id} x {seeds} seeds",
@@ -107,11 +105,23 @@ def _refined(stages: list[Stage], planned: Planned, speed: float) -> tuple[list[
                 ", ".join(name for name, _ in ops),
                 ", ".join(readers) or "-",
                 _or_unknown(tokens, lambda n, exact=exact: f"{'' if exact else '~'}{count(n)}"),
-                _or_unknown(flops, _flops),
-                _or_unknown(flops, lambda n: seconds(n / speed) if n else "-"),
+                _or_unknown(flops and flops * seeds, _flops),
+                _or_unknown(flops and flops * seeds, lambda n: seconds(n / speed) if n else "-"),
             ]
         )
     return ["stage", "from", "operations", "read by", "tokens", "FLOPs", "time"], lines, "what is done to text"
+
+
+def _reading(stage: Stage, readers: list[str], planned: Planned) -> tuple[float | None, bool, float | None]:
+    """(tokens, whether counted, FLOPs) of what the models of a data stage read."""
+    if stage.data.reads == "text":
+        tokens, exact = corpus_tokens(planned, stage.data.from_)
+        each = sum(2 * working(planned.facts(reference), head=True) for reference in readers)
+        return tokens, exact, _times(tokens, each) if each else 0
+    read = amounts.places(stage, planned)
+    if None in read:
+        return None, False, None
+    return sum(read), not read, sum(2 * planned.facts(r).body * n for r, n in zip(readers, read, strict=True))
 
 
 def _shape(facts) -> str:

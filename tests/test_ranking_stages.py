@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from distill.ranking import (
 )
 from distill.ranking.groups import Group
 from distill.specs import CollectionSpec
-from growth import files
+from growth import console, files
 from growth.errors import UsageError, UserError
 
 TEXT = "the old dog sat by a red fox near some quiet river while many birds sang above it"
@@ -607,11 +608,28 @@ def test_groups_that_a_killed_run_had_written_are_no_hindrance(place, tmp_path, 
 
 def test_a_dry_run_says_what_will_be_scored_and_writes_nothing(place, tmp_path, capsys):
     kept = "- {id: kept, data: {from: mined, ops: [{drop_false_negatives: {by: scored, margin: 0.1}}]}}"
-    found = recipe(place, tmp_path, MINED, SCORED, kept)
+    densely = "- {id: densely, data: {from: docs, ops: [{mine: {by: dual, depth: 6}}]}}"
+    found = recipe(place, tmp_path, MINED, SCORED, kept, densely)
     show(found, tmp_path / "out", 1)
-    said = capsys.readouterr().out
+    said = rows_of(capsys.readouterr().out)
     assert not (tmp_path / "out").exists()
-    assert all(name in said for name in ("mined", "score_pairs", "drop_false_negatives", "cross"))
+    assert (said["mined"][4], said["scored"][4], said["kept"][4]) == ("0", "unknown", "0")
+    prepared.prepare(found.collections["docs"], tmp_path / "out/collections/docs")
+    (tmp_path / "out/recipe.yaml").write_text(recipes.dump(found))
+    show(found, tmp_path / "out", 1)
+    said = rows_of(capsys.readouterr().out)
+    places = (len(JUDGED) + 1) * 7 * (12 + 40)  # the answers with six documents each, of pairs as long as they may be
+    assert said["scored"][4] == f"~{console.count(places)}" and said["densely"][4] == f"~{9 * 12 + 14 * 40}"
+    stages.run(found, tmp_path / "out")
+    listed = groups.load(tmp_path / "out/mined/groups")
+    show(found, tmp_path / "out", 1)
+    said = rows_of(capsys.readouterr().out)
+    assert said["scored"][4] == f"~{console.count((len(listed) + len(listed.negative)) * 52)}"
+
+
+def rows_of(table):
+    """{first cell: cells} of the plain tables, whose columns are two blanks apart."""
+    return {cells[0]: cells for line in table.splitlines() if len(cells := re.split(r"\s{2,}", line)) > 5}
 
 
 def test_a_name_leads_down_to_its_collection(place, tmp_path):

@@ -206,7 +206,8 @@ def save(path: str | Path, groups: Groups, about: Mapping) -> None:
         for name in NAMES:
             lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in getattr(groups, name))
             files.write_bytes(temporary / f"{name}.jsonl", (line.encode() for line in lines))
-        files.write_json(temporary / MANIFEST, {"about": about, "groups": len(groups), "digest": groups.digest})
+        counts = {"groups": len(groups), "negatives": len(groups.negative)}
+        files.write_json(temporary / MANIFEST, {"about": about, **counts, "digest": groups.digest})
 
 
 def load(path: str | Path) -> Groups:

@@ -146,6 +146,7 @@ def _manifest(found: Collection, listed: Groups | None, missing: Missing) -> dic
         "queries": len(found.queries),
         "documents": len(found.documents),
         "judged": len(found.judgements),
+        "answers": sum(grade > 0 for grades in found.judgements.values() for grade in grades.values()),
         "groups": None if listed is None else len(listed),
         "negatives": None if listed is None else len(listed.negative),
         "missing": {"rows": missing.rows, "lost": missing.lost},

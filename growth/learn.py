@@ -24,7 +24,7 @@ from growth.families.table import Slot
 from growth.ligo import STARTS, Ligo
 from growth.maps import Layers
 from growth.memory import empty, stored
-from growth.operate import PLAIN, Output, Result, delivered, opened
+from growth.operate import PLAIN, Output, Result, delivered, opened, refuse_masks
 from growth.pieces import Computed
 from growth.ranges import torch_dtype
 from growth.reindex import Stream, config_after
@@ -59,6 +59,7 @@ def learn(
     asked = Sizes.of(sizes)
     _refuse(asked, factor, order, start, steps, lr)
     checkpoint = opened(src, dst, output)
+    refuse_masks("learn", [checkpoint])  # before, not after, training
     growth = Growth.of(checkpoint, factor, order, asked, start, seed)
     losses = trained(growth, batches, steps, lr)
     arguments = {"factor": factor, "order": order if isinstance(order, str) else list(order)}

@@ -93,7 +93,8 @@ class Staged(Mapping[str, Piece]):
 
 def delivered(result: Result, dst: str | Path | None, output: Output, *sources: Checkpoint):
     """The result as a directory, or as a model of its own with the lineage in `model.growth`."""
-    _refuse_lost_masks(result, sources)
+    if result.masks is None:
+        refuse_masks(result.operator, sources)
     story = lineage(result.operator, result.arguments, sources, **result.facts)
     pieces, masks = list(result.pieces), dict(result.masks or {})
     if dst is None:
@@ -109,11 +110,12 @@ def delivered(result: Result, dst: str | Path | None, output: Output, *sources: 
     )
 
 
-def _refuse_lost_masks(result: Result, sources: Iterable[Any]) -> None:
+def refuse_masks(operator: str, sources: Iterable[Any]) -> None:
+    """Of an operator that knows none: it would bring dead weights to life in silence."""
     sparse = next((source.path for source in sources if is_sparse(source)), None)
-    if sparse is not None and result.masks is None:
+    if sparse is not None:
         raise UserError(
-            f"{sparse} is sparse, and its masks do not fit what {result.operator} makes: `growth densify` drops {FILE}"
+            f"{sparse} is sparse, and its masks do not fit what {operator} makes: `growth densify` drops {FILE}"
         )
 
 

@@ -32,6 +32,7 @@ MATRICES = {  # what SPDF makes sparse of all blocks
     **{"modernbert": 4 * 4, "gpt2": 2 * 4, "gpt_neox": 4 * 4, "t5": 2 * 6 + 3 * 10},
     **{"mixtral": 4 * (4 + 15), "qwen2_moe": 4 * (4 + 15 + 3)},
 }
+LIE = "model.layers.0.mlp.up_proj.weight"  # of a Llama, [41, 48]
 
 
 @pytest.fixture(scope="session")
@@ -192,6 +193,13 @@ def test_survivors_keep_their_bits_in_every_type(source, tmp_path, dtype):
         assert torch.equal(weights(dst)[name], weights(src)[name].where(mask.bools(), 0.0))
 
 
+def test_what_dies_is_zero_even_if_it_was_no_number(source, tmp_path):
+    src = shutil.copytree(source("llama"), tmp_path / "src")
+    rewrite(src, LIE, lambda tensor: tensor.fill_(float("inf")))
+    dst = growth.sparsify(src, tmp_path / "sparse", sparsity=0.5)
+    assert torch.equal(weights(dst)[LIE].isinf(), read(dst)[LIE].bools())
+
+
 # The way back
 
 
@@ -270,6 +278,7 @@ def test_identity_blocks_and_new_tokens_and_experts_keep_what_is_dead_dead(sourc
         lambda src, dst: growth.merge([src, src], dst),
         lambda src, dst: growth.upcycle(src, dst, noise=0.1),
         lambda src, dst: growth.stack(src, dst, how="random"),
+        lambda src, dst: growth.learn(src, dst, factor=2, batches=iter(lambda: pytest.fail("it trained"), None)),
     ],
 )
 def test_what_would_break_a_mask_is_refused_with_what_would_work(source, tmp_path, grow):
@@ -301,9 +310,6 @@ def test_a_live_zero_is_alive_and_a_checkpoint_of_zeros_has_no_masks(source, tmp
     (sparse / FILE).unlink()
     with pytest.raises(UserError, match="nothing says which of its weights are dead"):
         read(sparse)
-
-
-LIE = "model.layers.0.mlp.up_proj.weight"
 
 
 def revived(path):

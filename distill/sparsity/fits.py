@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from distill import sources
 from distill.sparsity.optimizers import of_engine, why_not
 from distill.sparsity.values import Mask, Sparsify
 from growth.bits import FILE
@@ -19,7 +20,7 @@ def is_sparse(reference: str | None, planned: Any) -> bool:
     if reference is None:
         return False
     if reference in planned.recipe.models:
-        return (planned.context.model(reference) / FILE).is_file()
+        return (sources.encoder(planned.context.model(reference)) / FILE).is_file()
     name, _, start = reference.partition(".")
     stage = planned.recipe.stage(name)
     if stage.grow:

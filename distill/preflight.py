@@ -209,6 +209,9 @@ def _of_stage(stage: Stage, planned: Planned, ranks: int) -> list[str]:
 
 def _of_growth(stage: Stage, planned: Planned) -> list[str]:
     """Sizes that cannot be, on configs alone."""
+    if fits.scores_pairs(stage.grow.from_, planned):
+        inside = "grow its encoder where it learns: `student: {grow: {from: ..., ops: ...}, ranker: ...}`"
+        return [f"stages.{stage.id}.grow.from: {stage.grow.from_} scores queries and passages; {inside}"]
     try:
         planned.facts(stage.id)
     except UserError as error:

@@ -11,6 +11,7 @@ import pytest
 import rank_cases
 import tiny
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 
@@ -48,6 +49,8 @@ STAGES = [
         "tk": rank_cases.LENGTHS,
     }.items()),
     trained("new", {"new": {"like": "plain"}, "ranker": DUAL}, **ONE),
+    trained("other", {"from": "cross", "ranker": DUAL}, **ONE),
+    trained("longer", {"grow": {"from": "plain", "ops": [{"stack": {"factor": 2}}]}, "ranker": DUAL}, **ONE),
     trained("shorter", {"cut": {"from": "cross", "layers": [1]}}, **ONE),
     trained("further", {"from": "cached"}, data={"from": "lists", "after": "cached"}, **ONE),
 ]  # fmt: skip
@@ -142,6 +145,22 @@ def test_a_cut_of_a_ranker_keeps_its_head_and_a_new_one_its_tokenizer(place, who
     assert files.read_json(whole / "shorter/model/encoder/growth.json")["preserves"] == "no"
 
 
+def test_a_published_cross_encoder_learns_in_half_precision(place, tmp_path):
+    config = tiny.config("bert", **rank_cases.SIZES)
+    config.num_labels = 1
+    model = transformers.BertForSequenceClassification(config)
+    model.config.architectures = ["BertForSequenceClassification"]
+    published = {"from": str(tiny.save(model, tmp_path / "published", tiny.tokenizer()))}
+    published["ranker"] = {"cross_encoder": rank_cases.LENGTHS}
+    engine = {"micro_batch": 2, "zero": 1, "precision": "bf16"}
+    small = recipe_of(
+        place, [trained("s", {"from": "published"}, **ONE)], engine=engine, models={"published": published}
+    )
+    stages.run(small, tmp_path / "out")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out/s/model/encoder")
+    assert not loaded.classifier.weight.equal(model.classifier.weight)
+
+
 def test_a_stage_that_goes_on_begins_with_the_rows_after_those_seen(whole):
     assert metrics(whole, "cached")["position"] == 12 and metrics(whole, "further")["position"] == 16
     heads = [whole / path / "head.safetensors" for path in ("further/start", "cached/model")]
@@ -215,6 +234,8 @@ def test_a_ranker_is_no_language_model(place):
     text = {"id": "s", "train": {"student": {"from": "cross"}, "data": "text", "loss": [{"ce": {}}],
                                  **{key: HOW[key] for key in ("optim", "lr", "stop")}}}  # fmt: skip
     assert "student: cross scores queries and passages" in refused(place, [text], **CORPUS)
+    grown = {"id": "g", "grow": {"from": "cross", "ops": [{"stack": {"factor": 2}}]}}
+    assert "grow its encoder where it learns" in refused(place, [grown])
     text["train"]["student"], text["train"]["data"] = {"from": "plain"}, "lists"
     assert "ce reads text of `corpora`" in refused(place, [text], **CORPUS)
 

@@ -76,7 +76,7 @@ def bring(
     found = store(file, out, collection=collection if named else None, allowed=allowed, **whose)
     say(str(found))
     told = asdict(found) | {"missing": {"rows": found.missing.rows, "lost": found.missing.lost}}
-    return told | ({"margins": stores.told(out, collection, groups)} if groups else {})
+    return told | ({"margins": stores.told(out, collection, groups, out.parent.name)} if groups else {})
 
 
 def of_ids(file: Path, collection: Collection) -> bool:

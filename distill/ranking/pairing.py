@@ -30,6 +30,7 @@ from growth import console, files
 SHARDS = 256  # at most: a reader holds all of them open
 JOINED, APART = 1 << 10, 1 << 14  # pairs of a block at least: read as one text each, or every text once
 TOKENS, TOKENS_ON_A_GPU = 1 << 14, 1 << 18  # of a part of a block, whose hidden states are all in memory; guesses
+OF_PASSAGES = 4  # times as many where texts are read apart: queries are read again in every part
 PAIRS = 1 << 15  # of a part
 
 
@@ -140,8 +141,8 @@ class Work:
         """Runs of a block's pairs with few enough tokens."""
         sizes = [np.array([len(ids) for ids in side]) for side in sides]
         new = np.append(True, p[1:] != p[:-1])
-        each = sizes[0][q] + sizes[1][p] if _joins(self.ranker) else np.where(new, sizes[1][p], 0)
-        room = TOKENS if world.device().type == "cpu" else TOKENS_ON_A_GPU
+        joins, room = _joins(self.ranker), TOKENS if world.device().type == "cpu" else TOKENS_ON_A_GPU
+        each = sizes[0][q] + sizes[1][p] if joins else np.where(new, sizes[1][p], 0) / OF_PASSAGES
         ends, start = np.cumsum(each), 0
         while start < len(q):
             before = ends[start - 1] if start else 0
@@ -168,16 +169,15 @@ def _told(ranker: Opened, count: int, fresh: int, tokens: int, seconds: float) -
     encoder = ranker.ranker.encoder
     flops = 2 * models.facts(encoder.config).body * tokens / seconds
     precision = "bf16" if encoder.dtype == torch.bfloat16 else "fp32"
-    peak = max(matmul_speed(precision, 0.2)[0] for _ in range(3))  # others may be at work
-    peak *= world.size() if encoder.device.type == "cuda" else 1
+    (peak,) = world.agree(max(matmul_speed(precision, 0.2)[0] for _ in range(3)))  # others may be at work
     return {
         "pairs": count,
         "scored": fresh,
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
-        "tflops": round(flops / 1e12, 4),
-        "peak_tflops": round(peak / 1e12, 4),
+        "tflops": round(flops / 1e12, 7),
+        "peak_tflops": round(peak / 1e12, 7),
         "share_of_peak": round(flops / peak, 3),
     }
 
@@ -192,8 +192,9 @@ def _said(told: dict[str, Any]) -> str:
 
 def by_one(teacher: str, collection: Collection, groups: Groups, out: Path, context) -> dict[str, Any]:
     """The scores of a model or stage; what stage.json says of them."""
-    told = score(opened(context, teacher), collection, groups, out, label=out.parent.name)
-    return told | {"margins": world.first(lambda: stores.told(out, collection, groups))}
+    label = f"scores of {teacher}"
+    told = score(opened(context, teacher), collection, groups, out, label=label)
+    return told | {"margins": world.first(lambda: stores.told(out, collection, groups, label))}
 
 
 def by_several(
@@ -207,7 +208,7 @@ def by_several(
     def mean() -> dict[str, Any]:
         with files.committed(out, overwrite=True) as directory:
             found = stores.ensemble(list(places.values()), directory, weights=weights, standardise=standardise)
-        console.say(f"{out.parent.name}: {found}")
-        return {"pairs": found.pairs, "teachers": told, "margins": stores.told(out, collection, groups)}
+        console.say(f"{(stage := out.parent.name)}: {found}")
+        return {"pairs": found.pairs, "teachers": told, "margins": stores.told(out, collection, groups, stage)}
 
     return world.first(mean)

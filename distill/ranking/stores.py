@@ -139,8 +139,8 @@ def margins(reader: Reader, collection: Collection, groups: Groups) -> Margins:
     return Margins(len(every), len(every) - len(scored), right, *spread)
 
 
-def told(path: Path, collection: Collection, groups: Groups) -> dict[str, Any]:
+def told(path: Path, collection: Collection, groups: Groups, label: str) -> dict[str, Any]:
     """What stage.json says of a teacher's scores; said in a line."""
     found = margins(Reader(path), collection, groups)
-    say(f"{path.parent.name}: {found}")
+    say(f"{label}: {found}")
     return asdict(found) | {"quantiles": dict(zip(map(str, QUANTILES), found.quantiles, strict=True))}

@@ -33,8 +33,7 @@ from distill.corpus.packing import best_fit
 from distill.objectives import margin_mse
 from distill.ranking import encoding, rankers
 from distill.ranking.docstrings import pairs
-from distill.ranking.export import export_sentence_transformers
-from distill.ranking.kinds import DualKind
+from distill.ranking.kinds import ENCODER, DualKind
 from growth.console import table
 
 KIND = DualKind(pooling="mean", query_length=30, passage_length=200)
@@ -72,15 +71,15 @@ def start(model: Path, directory: Path) -> Path:
     encoder.encoder.layer = encoder.encoder.layer[:LAYERS]
     encoder.config.num_hidden_layers = LAYERS
     encoder.config.hidden_dropout_prob = encoder.config.attention_probs_dropout_prob = 0.0
-    return export_sentence_transformers(rankers.build(KIND, encoder), directory, tokenizer=model)
+    return rankers.save(rankers.build(KIND, encoder), directory, tokenizer=model)
 
 
 class Ours:
     """The step as a loop of ours has it."""
 
     def __init__(self, directory: Path):
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        self.ranker = rankers.build(KIND, loading.load(directory)).train()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory / ENCODER)
+        self.ranker = rankers.load(directory).train()
         self.optimizer = torch.optim.AdamW(self.ranker.parameters(), lr=RATE, weight_decay=0.0, fused=True)
 
     def loss(self, batch: list[Triple]) -> Tensor:

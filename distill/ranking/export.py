@@ -1,4 +1,4 @@
-"""Rankers as directories of sentence-transformers, written without it."""
+"""The directory of a ranker as one of sentence-transformers too, described without it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from distill import models
 from distill.ranking.colbert import ColBERT
-from distill.ranking.cross import CrossEncoder
+from distill.ranking.cross import Classifier, CrossEncoder
 from distill.ranking.dual import DualEncoder
 from distill.ranking.encoding import first
+from distill.ranking.kinds import ENCODER
 from distill.ranking.ranker import Ranker
 from growth import files
-from growth.errors import UserError
 from growth.shards import SINGLE, write_file
 
 BASE = "sentence_transformers.base.modules"
@@ -29,48 +28,52 @@ READS = {  # how the encoder is run: what AutoModel gives, without a head
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
 }
+CLASSIFIES = {
+    "transformer_task": "sequence-classification",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+    "module_output_name": "scores",
+}
 Part = tuple[str, dict[str, Any], Mapping[str, Tensor]]  # class, config.json, weights
 
 
-def export_sentence_transformers(
-    ranker: Ranker, directory: str | Path, *, tokenizer: Path, overwrite: bool = False
-) -> Path:
-    """A directory that SentenceTransformer, CrossEncoder or MultiVectorEncoder (of 6.2) loads, with the same scores.
+def describe(ranker: Ranker, directory: Path) -> None:
+    """Make the directory of a ranker one of sentence-transformers (6.2) as well, where that has a class for it.
 
-    The encoder lies at its root, where AutoModel finds it as well. `tokenizer` is a directory that has the tokenizer.
+    `modules.json` points at `encoder/`, so no weight but those of the head stands twice.
     """
+    if refusal(ranker):
+        return
     model_type, reads, parts = _described(ranker)
-    with files.committed(directory, overwrite=overwrite) as temporary:
-        for file in models.save(ranker.encoder, temporary / "encoder", carry=tokenizer).iterdir():
-            file.rename(temporary / file.name)
-        (temporary / "encoder").rmdir()
-        _cut_at(temporary / "tokenizer_config.json", ranker.kind.longest)
-        written = [_written(temporary, number, *part) for number, part in enumerate(parts, 1)]
-        transformer = {"idx": 0, "name": "0", "path": "", "type": TRANSFORMER}
-        files.write_json(temporary / "modules.json", [transformer, *written])
-        files.write_json(temporary / "sentence_bert_config.json", READS | reads)
-        files.write_json(temporary / "config_sentence_transformers.json", _about(ranker, model_type))
-    return Path(directory)
+    written = [_written(directory, number, *part) for number, part in enumerate(parts, 1)]
+    transformer = {"idx": 0, "name": "0", "path": ENCODER, "type": TRANSFORMER}
+    files.write_json(directory / "modules.json", [transformer, *written])
+    files.write_json(directory / ENCODER / "sentence_bert_config.json", reads | {"max_seq_length": ranker.kind.longest})
+    files.write_json(directory / "config_sentence_transformers.json", _about(ranker, model_type))
 
 
-def _described(ranker: Ranker) -> tuple[str, dict[str, int], list[Part]]:
-    """The class that loads it, what else its tokenizer is told, and the modules behind the encoder."""
+def refusal(ranker: Ranker) -> str | None:
+    """Why sentence-transformers cannot load it."""
+    if isinstance(ranker, ColBERT) and ranker.kind.masks:
+        return "sentence-transformers puts [MASK] behind a query's last token, here they stand before it"
+    known = isinstance(ranker, CrossEncoder | Classifier | DualEncoder | ColBERT)
+    return None if known else f"sentence-transformers has no place for a {type(ranker).__name__}"
+
+
+def _described(ranker: Ranker) -> tuple[str, dict[str, Any], list[Part]]:
+    """The class that loads it, how its encoder is run and reads, and the modules behind it."""
     kind, head = ranker.kind, ranker.head()
-    each = {"query_length": kind.query_length, "document_length": kind.passage_length}
+    each = READS | {"query_length": kind.query_length, "document_length": kind.passage_length}
     match ranker:
+        case Classifier():
+            return "CrossEncoder", CLASSIFIES, []
         case CrossEncoder():
             pooling = "cls" if ranker.pick is first else "lasttoken"
-            return "CrossEncoder", {}, [_pooling(ranker, pooling), _dense(head, "sentence_embedding", "scores")]
+            return "CrossEncoder", READS, [_pooling(ranker, pooling), _dense(head, "sentence_embedding", "scores")]
         case DualEncoder():
             pooling = "lasttoken" if kind.pooling == "last" else kind.pooling
             return "SentenceTransformer", each, [_pooling(ranker, pooling), *_vectors(ranker, "sentence_embedding")]
-        case ColBERT() if not kind.masks:
-            mask = MASK, {"skiplist_words": [], "skiplist_tasks": ["document"], "keep_only_token_ids": None}, {}
-            return "MultiVectorEncoder", each, [*_vectors(ranker, "token_embeddings"), mask]
-        case ColBERT():
-            raise UserError("sentence-transformers puts [MASK] behind a query's last token, here they stand before it")
-        case _:
-            raise UserError(f"sentence-transformers has no place for a {type(ranker).__name__}")
+    mask = MASK, {"skiplist_words": [], "skiplist_tasks": ["document"], "keep_only_token_ids": None}, {}
+    return "MultiVectorEncoder", each, [*_vectors(ranker, "token_embeddings"), mask]
 
 
 def _vectors(ranker: DualEncoder | ColBERT, of: str) -> list[Part]:
@@ -107,7 +110,3 @@ def _about(ranker: Ranker, model_type: str) -> dict[str, Any]:
     if model_type == "CrossEncoder":
         return about | {"activation_fn": IDENTITY}  # a score, not a probability
     return about | {"similarity_fn_name": ranker.kind.similarity if model_type == "SentenceTransformer" else "maxsim"}
-
-
-def _cut_at(config: Path, length: int) -> None:
-    files.write_json(config, files.read_json(config) | {"model_max_length": length})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distill import loading, models
-from distill.ranking import kinds
+from distill.ranking import export, kinds
 from distill.ranking.colbert import ColBERT
 from distill.ranking.cross import Classifier, CrossEncoder
 from distill.ranking.dual import DualEncoder
@@ -48,13 +48,16 @@ def save(
 ) -> Path:
     """Its directory, whole or not at all; `tokenizer` is a directory whose tokenizer goes into `encoder/`.
 
-    Its lineage goes with it; `story` is what that must say otherwise.
+    Its lineage goes with it; `story` is what that must say otherwise. With a tokenizer sentence-transformers loads the
+    directory as well.
     """
     with files.committed(directory, overwrite=overwrite) as temporary:
         models.save(ranker.encoder, temporary / ENCODER, carry=tokenizer, story=story)
         if head := ranker.head():
             write_file(temporary / HEAD, list(head.items()))
         files.write_json(temporary / ABOUT, kinds.written(ranker.kind))
+        if tokenizer:
+            export.describe(ranker, temporary)
     return Path(directory)
 
 

@@ -94,7 +94,7 @@ class Language:
 
     def summary(self, entries: list[dict]) -> dict:
         """What else the metrics of the stage are."""
-        return {}
+        return {"lowrank": students.told(self.start)} if self.spec.student.lowrank else {}
 
     def export(self, trained: dict[str, torch.Tensor], dst: Path, beside: Callable[[Path], None] | None = None) -> None:
         """An ordinary directory: trained masters, everything else as it was at the start; `beside` writes masks."""

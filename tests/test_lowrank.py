@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +22,7 @@ from distill.lowrank.spec import LowRankSpec
 from distill.taps import trace
 from growth import factored, families, scope
 from growth.errors import UserError
+from growth.files import sha256
 
 SPARSE = LowRankSpec(rank=7, alpha=3.0, density=0.1)
 LOW = LowRankSpec(compress=2.5)
@@ -261,3 +267,122 @@ def test_factors_that_are_not_of_the_weights_beside_them_are_refused(tmp_path):
     save_file({name: t for name, t in held.items() if name != f"{first}.B"}, path)
     with pytest.raises(UserError, match="are not of one model"):
         students.load(start, "mlm")
+
+
+# A run
+
+
+STEPS = 8
+TRAIN = {"data": "text", "optim": {"batch": 4, "weight_decay": 0.1}, "lr": 0.01, "save_every": 2}
+CE = [{"ce": {"objective": "mlm"}}]
+STAGES = {
+    "fresh": TRAIN
+    | {
+        "student": {"new": {"like": "teacher"}, "lowrank": {"rank": 7, "alpha": 3.0, "density": 0.1}},
+        "loss": CE,
+        "hooks": [{"refactor": {"every": 3, "recovery": 2}}],
+        "stop": {"steps": STEPS},
+    },
+    "small": TRAIN
+    | {
+        "student": {"cut": {"from": "teacher", "layers": [0, 3]}, "lowrank": {"compress": 2.0}},
+        "targets": {"t": {"from": "teacher"}},
+        "loss": [{"relation_kl": {"target": "t", "heads": 6, "relations": ["qq", "kk", "vv"]}}],
+        "stop": {"steps": 2},
+    },
+    "dense": TRAIN | {"student": {"from": "fresh"}, "loss": CE, "stop": {"steps": 2}},
+}
+ROWS = {"student": "fresh", "baseline": "fresh.start", "small": "small", "dense": "dense"}
+RECIPE = {
+    "recipe": "factors",
+    "engine": {"zero": 1, "precision": "bf16", "micro_batch": 2},
+    "models": {"teacher": {"from": "teacher"}},
+    "corpora": {"text": {"source": "synthetic", "tokenizer": "teacher", "length": 64, "heldout": 0.1, "limit": 800}},
+    "stages": [
+        *({"id": name, "train": train} for name, train in STAGES.items()),
+        {"id": "report", "evaluate": {"rows": ROWS, "on": ["heldout_loss"], "data": "text"}},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a teacher and a recipe, run to its end."""
+    path = tmp_path_factory.mktemp("place")
+    tiny.save(tiny.model("bert", head="mlm"), path / "teacher", tiny.tokenizer())
+    (path / "factors.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    ended = run(path, "whole")
+    assert ended.returncode == 0, ended.stderr
+    return path
+
+
+def run(place, out, *more, fault=""):
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "factors.yaml", "--out", out, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
+
+
+def test_a_run_leaves_an_ordinary_model_with_its_factors_beside_it(place, monkeypatch):
+    import transformers
+
+    for stage in ("fresh", "small"):
+        model = place / "whole" / stage / "model"
+        plain, info = transformers.AutoModelForMaskedLM.from_pretrained(model, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        held = students.load(model, "mlm")
+        assert (outputs(held, "mlm") - outputs(plain.eval(), "mlm")).abs().max() < 1e-5
+    metrics = json.loads((place / "whole/fresh/stage.json").read_text())["metrics"]
+    monkeypatch.chdir(place)
+    cost = _cost(place)
+    assert metrics["flops"] == STEPS * cost.step()
+    lowrank, plain = metrics["lowrank"], models.facts(place / "whole/fresh/model").parameters
+    assert lowrank["matrices"] == 24 and lowrank["whole"] - lowrank["held"] == plain - cost.student.parameters
+    frozen = json.loads((place / "whole/small/stage.json").read_text())["metrics"]["frozen"]
+    assert {n for n in frozen if "layer.1" in n and n.endswith(("B", "A"))} == {
+        f"encoder.layer.1.{name}.{key}" for key in "BA"
+        for name in ("attention.output.dense", "intermediate.dense", "output.dense")
+    }  # fmt: skip
+    assert "factors.json" not in [path.name for path in (place / "whole/dense/model").iterdir()]
+    rows = json.loads((place / "whole/report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == list(ROWS) and len({row["params"] for row in rows}) == 2
+
+
+def _cost(place):
+    from distill import recipe
+    from distill.context import Context
+    from distill.preflight import Planned
+
+    read = recipe.load(place / "factors.yaml")
+    planned = Planned(read, Context(read, place / "whole", 0))
+    cost = planned.cost(read.stage("fresh"))
+    assert cost.runs == 2 and cost.student.rebuilt > 0
+    return cost
+
+
+def test_the_rate_comes_back_after_every_refactoring(place):
+    log = (place / "whole/fresh/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in log] == pytest.approx([0.01] * 3 + [0.005, 0.01, 0.01, 0.005, 0.01])
+
+
+def test_a_killed_run_of_factors_ends_as_the_one_left_in_peace(place):
+    """Killed after a refactoring, with moments and a count of steps that are younger than the run."""
+    assert run(place, "hard", fault="train.step:kill:6").returncode == -9
+    ended = run(place, "hard")
+    assert ended.returncode == 0 and "resumed from" in ended.stderr, ended.stderr
+    for stage, file in itertools.product(STAGES, ("model.safetensors", factored.WEIGHTS)):
+        found, wanted = (place / out / stage / "model" / file for out in ("hard", "whole"))
+        assert found.exists() == wanted.exists() and (not found.exists() or sha256(found) == sha256(wanted))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("fresh.train.student.lowrank.alpha=null", "'alpha' is needed"),
+        ("fresh.train.student.lowrank.rank=41", "rank 41: encoder.layer.0.intermediate.dense is 40 x 48"),
+        ("fresh.train.student.lowrank=null", "refactor needs a student with lowrank"),
+    ],
+)
+def test_a_recipe_of_factors_that_cannot_be_is_refused_before_anything_runs(place, change, why):
+    refused = run(place, "never", f"stages.{change}")
+    assert refused.returncode == 2 and why in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+    assert not (place / "never").exists()

@@ -105,11 +105,20 @@ def begin(make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: in
         model = models.load(dense, loading.own_head(loading.configuration(dense)))
         factors = factors_of(model, spec, seed, random)
         _fill(model, factors)
-        _tell(factors)
         beside = partial(factored.write, factors=factors, made=spec.model_dump(mode="json", exclude_none=True))
-        return models.save(model, start, carry=dense, story={"preserves": "no"}, beside=beside)
+        models.save(model, start, carry=dense, story={"preserves": "no"}, beside=beside)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    n = told(start)
+    say(f"{n['matrices']} matrices are held as {count(n['held'])} numbers instead of {count(n['whole'])}")
+    return start
+
+
+def told(start: Path) -> dict[str, int]:
+    """How many matrices are factors, the numbers that they are held as, and those that they have when whole."""
+    weights = files.read_json(start / factored.STORY)["weights"].values()
+    held = (w["rank"] * sum(w["shape"]) + w["values"] for w in weights)
+    return {"matrices": len(weights), "held": sum(held), "whole": sum(math.prod(w["shape"]) for w in weights)}
 
 
 def _made(name: str, layer: nn.Module, spec: LowRankSpec, seed: int, random: bool) -> Factors:
@@ -131,12 +140,6 @@ def _fill(model: nn.Module, factors: Mapping[str, Factors]) -> None:
     for name, f in factors.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
         layer.weight.copy_(_turned(layer, f.merged()))
-
-
-def _tell(factors: Mapping[str, Factors]) -> None:
-    before = sum(math.prod(f.shape) for f in factors.values())
-    after = sum(getattr(f, key).numel() for f in factors.values() for key in TRAINED)
-    say(f"{len(factors)} matrices are held as {count(after)} numbers instead of {count(before)}")
 
 
 # While it trains

@@ -20,6 +20,7 @@ from distill.sparsity.rules import Rewire
 from distill.sparsity.values import Sparsify
 from growth.gradual import Gradual
 
+pytestmark = pytest.mark.timeout(900)  # two launches run all the cells, on machines that do other things too
 CELLS = [(stage, ranks, precision) for ranks in (1, 2) for stage in range(4) for precision in ("fp32", "bf16")]
 every_cell = pytest.mark.parametrize(("stage", "ranks", "precision"), CELLS)
 

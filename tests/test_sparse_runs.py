@@ -24,6 +24,8 @@ from growth import masks
 from growth.errors import UserError
 from growth.gradual import Gradual
 
+pytestmark = pytest.mark.timeout(900)  # whole runs, on machines that do other things too
+
 TRAIN = {
     "data": "text",
     "loss": [{"ce": {}}],

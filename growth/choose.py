@@ -36,7 +36,7 @@ def chosen(checkpoint: Any, anatomy: Anatomy, asked: Mapping[str, Chosen]) -> Se
         if isinstance(what, list) or what != anatomy.sizes[axis]:
             maps[axis,] = _choice(checkpoint, anatomy, (axis,), what)
     if EMBED in maps:
-        maps |= {(axis,): maps[EMBED] for axis in FOLLOWERS if axis in anatomy.sizes}
+        maps |= {(axis,): maps[EMBED] for axis in FOLLOWERS if anatomy.sizes.get(axis)}
     if "kv" in anatomy.sizes and {"heads", "kv_heads"} & asked.keys():
         maps |= _grouped(checkpoint, anatomy, asked, want)
     return Selection(anatomy.family, anatomy.sizes, maps)

@@ -25,11 +25,11 @@ def filled(anatomy: Anatomy, want: Mapping[str, int], how: str, seed: int) -> di
 
 def _embed_maps(anatomy: Anatomy, new: int, how: str, seed: int) -> dict[Key, Units]:
     """The residual stream, and what is as wide as it without being part of it."""
-    old, family = anatomy.sizes["embed"], anatomy.family
+    old = anatomy.sizes["embed"]
     if new == old:
         return {}
     stream = _stream_map(anatomy, old, new, how, seed)
-    followers = {(axis,): Units(stream.index, old, extra=stream.extra) for axis in FOLLOWERS if axis in family.sizes}
+    followers = {(axis,): Units(stream.index, old, extra=stream.extra) for axis in FOLLOWERS if anatomy.sizes.get(axis)}
     return {EMBED: stream, **followers}
 
 

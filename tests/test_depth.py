@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from test_width import POST
 from tiny_families import CONFIGS, load, logits, save
 
 import growth
@@ -23,7 +24,7 @@ from growth.reindex import reindex
 
 # where a family's names carry the layer
 LAYER = re.compile(r"((?:^|\.)(?:layers?|h|block)\.)(\d+)(?=\.)")
-PRE_NORM = [kind for kind in CONFIGS if kind not in ("bert", "roberta", "distilbert")]
+PRE_NORM = [kind for kind in CONFIGS if kind not in POST]
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +121,7 @@ def test_kinds_of_attention_follow_their_layer_and_are_not_made_anew_by_number(s
     assert (logits(load(path)) - logits(load(src))).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "modernbert", "qwen2"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "modernbert", "qwen2"])
 def test_a_list_that_the_config_leaves_out_is_written_out_from_its_default(source, tmp_path, kind):
     src = tmp_path / "src"
     save(src, kind)
@@ -131,7 +132,7 @@ def test_a_list_that_the_config_leaves_out_is_written_out_from_its_default(sourc
     assert json.loads((path / "config.json").read_text())["layer_types"] == [kinds[1], kinds[3]]
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", POST)
 def test_post_norm_models_cannot_have_identity_blocks_and_say_so(source, tmp_path, kind):
     for grow in (lambda: growth.insert(source(kind), tmp_path / "x", layers=1),
                  lambda: growth.stack(source(kind), tmp_path / "x", how="zero")):  # fmt: skip
@@ -139,7 +140,7 @@ def test_post_norm_models_cannot_have_identity_blocks_and_say_so(source, tmp_pat
             grow()
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", POST)
 def test_blocks_of_post_norm_models_come_near_the_identity_where_that_is_asked_for(source, tmp_path, kind):
     src = source(kind)
     path = growth.insert(src, tmp_path / "x", layers=2, approximate=True)

@@ -19,12 +19,15 @@ from growth.ranges import Entry
 
 VARIANTS = {
     "bert": [dict(tie_word_embeddings=False)],
+    "electra": [dict(embedding_size=30)],
     "modernbert": [dict(attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True, decoder_bias=False)],
     "gpt2": [dict(tie_word_embeddings=False)],
     "gpt_neox": [dict(attention_bias=False), dict(tie_word_embeddings=True, use_parallel_residual=False)],
     "llama": [dict(attention_bias=True, mlp_bias=True), dict(tie_word_embeddings=True)],
     "qwen3": [dict(attention_bias=True)],
     "gemma2": [dict(attention_bias=True)],
+    "gemma3_text": [dict(attention_bias=True)],
+    "phi3": [dict(num_attention_heads=6, num_key_value_heads=3), dict(tie_word_embeddings=True)],
     "olmo2": [dict(attention_bias=True)],
     "t5": [dict(feed_forward_proj="gated-gelu")],
 }
@@ -95,7 +98,7 @@ def test_a_config_with_defaults_left_out_means_what_transformers_takes(model_typ
             assert getattr(family.view({**full, key: None}), key) == full[key], key
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "qwen2", "qwen3", "modernbert"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen2", "qwen3", "modernbert"])
 def test_an_absent_list_of_layer_kinds_is_what_transformers_makes_of_it(model_type):
     for changes in ({}, dict(num_hidden_layers=7, use_sliding_window=True, sliding_window=8, max_window_layers=3)):
         if model_type == "modernbert" and changes:

@@ -1,6 +1,6 @@
 """Laws of growth for every family and operator, over drawn sizes: identity, composition, the way back, the promise.
 
-Each operator is run on each of the 15 families by every test run, once. `HYPOTHESIS_PROFILE=long` draws many more.
+Each operator is run on each of the 18 families by every test run, once. `HYPOTHESIS_PROFILE=long` draws many more.
 """
 
 from __future__ import annotations

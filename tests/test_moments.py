@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_width import FUSED, RMS, source  # noqa: F401  (a fixture)
+from test_width import FUSED, POST, RMS, source  # noqa: F401  (a fixture)
 from tiny_families import load, logits
 
 import growth
@@ -139,8 +139,8 @@ def gathered(model, steps=3):
 
 
 LAW = [
-    *((kind, {}, {"hidden": 60, "ffn": 82}) for kind in FUSED if kind not in ("bert", "roberta", "distilbert")),
-    *((kind, {}, {"hidden": 60, "ffn": 82}) for kind in ("bert", "roberta", "distilbert")),
+    *((kind, {}, {"hidden": 60, "ffn": 82}) for kind in FUSED if kind not in POST),
+    *((kind, {}, {"hidden": 60, "ffn": 82}) for kind in POST),
     *((kind, {}, {"hidden": 72, "ffn": 82, "kv_heads": 6, "heads": 12}) for kind in RMS),
     *((kind, {}, {"hidden": 96}) for kind in RMS),
     ("gpt_neox", {"tie_word_embeddings": True}, {"hidden": 60}),

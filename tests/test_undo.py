@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from test_width import EXACT, FUSED, RMS, gap, source  # noqa: F401  (a fixture)
+from test_width import EXACT, FUSED, POST, RMS, gap, source  # noqa: F401  (a fixture)
 from tiny_families import CONFIGS, load, logits
 
 import growth
@@ -70,7 +70,7 @@ def test_what_cannot_be_undone_is_refused(source, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_new_layers_may_be_silent_or_as_a_new_model_starts(source, tmp_path, kind):  # noqa: F811
     src = source(kind)
-    if kind in ("bert", "roberta", "distilbert"):
+    if kind in POST:
         with pytest.raises(UserError, match="no inserted block can be the identity"):
             growth.stack(src, tmp_path / "zero", how="zero")
     else:

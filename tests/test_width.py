@@ -26,14 +26,17 @@ from growth.verify import _outputs, verify
 from growth.width import HOW, planned
 
 EXACT = 1e-12
-EPSILON = {"gpt2": "layer_norm_epsilon", "t5": "layer_norm_epsilon", "modernbert": "norm_eps", "distilbert": None}
+EPSILON = {
+    **dict.fromkeys(("gpt2", "t5"), "layer_norm_epsilon"),
+    **{"phi3": "rms_norm_eps", "modernbert": "norm_eps", "distilbert": None},
+}
 RMS = [
     kind
     for kind in CONFIGS
-    if kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "mixtral", "qwen2_moe")
+    if kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen2_moe")
 ]
-POST = ["bert", "roberta", "distilbert"]
-FUSED = [*POST, "modernbert", "gpt2", "gpt_neox"]  # heads times their size is the model's width
+POST = ["bert", "roberta", "distilbert", "electra"]
+FUSED = [*POST, "modernbert", "gpt2", "gpt_neox", "phi3"]  # heads times their size is the model's width
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +106,9 @@ ROWS = [
     ("modernbert", {"norm_bias": True, "attention_bias": True, "mlp_bias": True}, {"hidden": 60}),
     *(("t5", changes, {"hidden": n}) for changes in ({}, {"feed_forward_proj": "gated-gelu"}) for n in (60, 45, 37)),
     ("t5", {}, {"heads": 7, "ffn": 43}),
+    ("electra", {"embedding_size": 30}, {"hidden": 60, "ffn": 43}),
+    *(("phi3", {"num_attention_heads": 15, "num_key_value_heads": kv}, {"ffn": 43}) for kv in (3, 5)),
+    ("phi3", {"tie_word_embeddings": True}, {"hidden": 60}),
 ]  # fmt: skip
 
 
@@ -175,7 +181,9 @@ def test_t5_with_a_head_of_its_own_grows_in_every_direction(source, tmp_path, st
     assert all(torch.equal(again.tensor(name), tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "gemma2", "t5"])
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "gemma2", "gemma3_text", "t5"]
+)
 def test_a_tied_table_that_is_stored_twice_stays_one_table(source, tmp_path, kind):
     """Many checkpoints hold it under both names; a head that differs from it is another matter."""
     old = growth.open(source(kind))

@@ -18,6 +18,7 @@ CONFIGS = {
     "bert": BERT,
     "roberta": BERT,
     "distilbert": dict(vocab_size=53, dim=30, n_heads=5, hidden_dim=41, n_layers=3, max_position_embeddings=37),
+    "electra": {**BERT, "embedding_size": 26},
     "modernbert": {**BERT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 1, "num_hidden_layers": 4},
     "gpt2": dict(vocab_size=53, n_embd=30, n_head=5, n_inner=41, n_layer=2, n_positions=37, **SPECIAL),
     "gpt_neox": {**BERT, **SPECIAL, "num_hidden_layers": 4},
@@ -26,6 +27,8 @@ CONFIGS = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gemma2": LLAMA,
+    "gemma3_text": {**LLAMA, "sliding_window_pattern": 3},
+    "phi3": {**BERT, **SPECIAL, "num_hidden_layers": 4},
     "olmo2": {**LLAMA, **SPECIAL},
     "mixtral": {**LLAMA, "num_local_experts": 5},
     "qwen2_moe": {**LLAMA, "num_experts": 5, "moe_intermediate_size": 41, "shared_expert_intermediate_size": 31},
@@ -38,6 +41,7 @@ LANGUAGE_MODELS = {
     "bert": "BertForMaskedLM",
     "roberta": "RobertaForMaskedLM",
     "distilbert": "DistilBertForMaskedLM",
+    "electra": "ElectraForMaskedLM",
     "modernbert": "ModernBertForMaskedLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
@@ -46,6 +50,8 @@ LANGUAGE_MODELS = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -60,7 +66,8 @@ def config_of(model_type, **changes):
 def classes(model_type):
     """Every PyTorch class that transformers builds from this config."""
     kind = type(config_of(model_type))
-    modeling = __import__(f"transformers.models.{model_type}.modeling_{model_type}", fromlist=["x"])
+    module = model_type.removesuffix("_text")
+    modeling = __import__(f"transformers.models.{module}.modeling_{module}", fromlist=["x"])
     found = [getattr(modeling, name) for name in modeling.__all__]
     return [c for c in found if getattr(c, "config_class", None) is kind and not c.__name__.endswith("PreTrainedModel")]
 

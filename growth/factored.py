@@ -122,8 +122,8 @@ def read(directory: Path) -> dict[str, Factors]:
     from safetensors.torch import load_file
 
     story = read_json(inside(Path(directory), STORY))
-    if story.get("version") != VERSION:
-        raise UserError(f"{Path(directory) / STORY}: version {story.get('version')!r}; {VERSION} is known")
+    if not isinstance(story, dict) or story.get("version") != VERSION or not isinstance(story.get("weights"), dict):
+        raise UserError(f"{Path(directory) / STORY}: version {VERSION} of it, with its weights, is expected")
     held = load_file(inside(Path(directory), WEIGHTS))
     wanted = {f"{name}.{key}" for name in story["weights"] for key in KEYS}
     if odd := sorted(wanted ^ held.keys()):

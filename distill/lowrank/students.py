@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from distill import loading, models
 from distill.lowrank.module import SparseLowRank
 from distill.lowrank.spec import LowRankSpec
-from growth import factored, families, files
+from growth import bits, factored, families, files
 from growth.console import count, say
 from growth.errors import UserError
 from growth.factored import Factors
@@ -102,6 +102,8 @@ def begin(make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: in
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
         dense = make(scratch)
+        if (dense / bits.FILE).exists():
+            raise UserError("lowrank: the student has masks, which factors would not keep; `densify` it first")
         model = models.load(dense, loading.own_head(loading.configuration(dense)))
         factors = factors_of(model, spec, seed, random)
         _fill(model, factors)

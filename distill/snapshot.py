@@ -155,7 +155,10 @@ def beside(snapshot: Path, file: str) -> dict[str, Tensor]:
     """What stands in one of the files beside the state."""
     from safetensors.torch import load_file
 
-    return load_file(snapshot / f"{file}.safetensors")
+    path = snapshot / f"{file}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{snapshot} has no {path.name}, without which this run cannot go on")
+    return load_file(path)
 
 
 def _compare(snapshot: Path, manifest: dict, belongs: dict) -> None:

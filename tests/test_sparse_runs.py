@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_families
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 import growth
-from distill import models, preflight, recipe
+from distill import loading, models, preflight, recipe
 from distill.context import Context
 from distill.cost import Cost
+from distill.kinds import StudentSpec
 from distill.sparsity import stored
+from distill.sparsity.choosing import Groups
 from growth import masks
 from growth.errors import UserError
 from growth.gradual import Gradual
@@ -197,3 +200,36 @@ def test_weights_that_are_not_zero_where_their_mask_says_so_are_refused_by_name(
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"weights of {name} are not zero although"):
         stored.read(tmp_path)
+
+
+# Masks and names
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("gpt2", {"n_embd": 40, "n_inner": 44}), ("mixtral", {"intermediate_size": 40})]
+)
+def test_masks_are_written_as_they_were_read_whatever_parameters_are_called_in_memory(family, sizes, tmp_path):
+    """GPT-2 stores its matrices the other way round, and Mixtral holds all experts of a layer in one tensor."""
+    source = tiny_families.save(tmp_path / "m", family, **sizes)
+    growth.sparsify(source, tmp_path / "sparse", pattern="2:4")
+    held, student = stored.read(tmp_path / "sparse"), models.load(tmp_path / "sparse", "causal")
+    named = {loading.inside(name, student): p for name, p in student.named_parameters()}
+    assert all(not named[name][~one.alive].any() and one.alive.shape == named[name].shape for name, one in held.items())
+    for one in held.values():
+        assert set(Groups(one.dim, 4).rows(one.alive).sum(1).tolist()) == {2}
+    models.save(student, tmp_path / "again", carry=None, masks=tmp_path / "sparse")
+    before, after = alive(tmp_path / "sparse"), alive(tmp_path / "again")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_masks_of_another_model_are_laid_over_a_dense_student_and_must_fit(place, tmp_path):
+    spec, refs = StudentSpec(**{"from": "m"}), {"m": place / "m"}
+    start = models.seed_checkpoint(spec, refs.get, tmp_path / "start", "mlm", 0, masks=place / "whole/init/model")
+    assert all(torch.equal(mask, alive(place / "whole/init/model")[name]) for name, mask in alive(start).items())
+    tiny.save(tiny.model("bert", head="mlm", intermediate_size=36), tmp_path / "other", tiny.tokenizer())
+    refs["m"] = tmp_path / "other"
+    with pytest.raises(
+        UserError, match=r"masks encoder.layer.0.intermediate.dense.weight \[40, 48\]; the student has \[36"
+    ):
+        models.seed_checkpoint(spec, refs.get, tmp_path / "start2", "mlm", 0, masks=place / "whole/init/model")
+    assert not (tmp_path / "start2").exists()

@@ -39,7 +39,6 @@ class Masking:
         self.trained = frozenset(name for name in masks if named[name].requires_grad)
         self.dead = {name: ~mask.to(named[name].device) for name, mask in masks.items()}
         self.rule, self.check_every = rule or Static(), check_every
-        self.weights = sum(p.numel() for p in named.values())  # before ZeRO 3 takes them apart
         self._gradients: dict[str, Tensor] | None = None
         self._count: dict[str, int] | None = None  # counted anew when masks have changed
         for name in masks:

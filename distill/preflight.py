@@ -309,6 +309,9 @@ def micro_batch(engine: EngineSpec, optim: OptimSpec, ranks: int) -> int:
 
 
 def _of_evaluation(stage: Stage, planned: Planned) -> list[str]:
-    text = fitting.Text(stage.evaluate.data, planned)
-    wrong = (text.too_long(label, planned.facts(reference)) for label, reference in stage.evaluate.rows.items())
-    return [f"stages.{stage.id}.evaluate: {what}" for found in wrong for what in found]
+    wrong = list(fits.of_evaluation(stage, planned))
+    if not wrong and not stage.evaluate.ranks:
+        text = fitting.Text(stage.evaluate.data, planned)
+        rows = stage.evaluate.rows.items()
+        wrong = [what for label, reference in rows for what in text.too_long(label, planned.facts(reference))]
+    return [f"stages.{stage.id}.evaluate: {what}" for what in wrong]

@@ -44,7 +44,7 @@ REFERENCES = {
     "stages.*.grow.ops.*.merge.with.*": "source",
     "stages.*.grow.ops.*.merge.base": "source",
     "stages.*.grow.data": "corpus",
-    "stages.*.evaluate.rows.*": "source",
+    "stages.*.evaluate.rows.*": "searcher",
     "stages.*.evaluate.data": "data",
     "stages.*.evaluate.teacher": "source",
 }
@@ -54,7 +54,7 @@ GIVEN = {"models": "model", "corpora": "corpus", "collections": "collection"}  #
 SAID = {
     "model": "model",
     "source": "model or earlier stage",
-    "searcher": f"model or earlier stage (nor {BM25})",
+    "searcher": "model or earlier stage",
     "corpus": "corpus",
     "data": "corpus or collection",
     "scored": "earlier data stage with scores",

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import yaml
 
+from distill.ranking.kinds import ABOUT, ENCODER
 from growth import console
 from growth.files import read_json, write_text
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+LOADS = "modules.json"  # where sentence-transformers loads the directory
 PIPELINES = {"ForMaskedLM": "fill-mask", "ForCausalLM": "text-generation", "LMHeadModel": "text-generation",
              "ForSequenceClassification": "text-classification"}  # fmt: skip
 
@@ -36,7 +38,7 @@ def write_all(run: Path, report: dict) -> None:
     """A card for the model of every training stage and seed of a run."""
     for stage in report["stages"]:
         for directory in sorted([run / stage["id"], *run.glob(f"{stage['id']}@*")]):
-            if (directory / "model" / "config.json").is_file():
+            if any((directory / "model" / name).is_file() for name in ("config.json", ABOUT)):
                 card(directory / "model", facts(run, directory, stage, report))
 
 
@@ -66,9 +68,9 @@ def facts(run: Path, directory: Path, stage: dict, report: dict) -> Facts:
 
 
 def _corpus(run: Path, name: str, seed: str) -> Path:
-    """The directory of a corpus, or of what a data stage made (for this seed) of one."""
-    made = [run / f"{name}@{seed}" / "corpus", run / name / "corpus"]
-    return next((path for path in made if path.is_dir()), run / "corpora" / name)
+    """The directory of a corpus or collection, or of what a data stage made (for this seed) of one."""
+    made = [run / stage / what for stage in (f"{name}@{seed}", name) for what in ("corpus", "groups")]
+    return next((path for path in [*made, run / "collections" / name] if path.is_dir()), run / "corpora" / name)
 
 
 def _text(corpus: str, report: dict) -> str:
@@ -76,6 +78,9 @@ def _text(corpus: str, report: dict) -> str:
     if corpus in report["corpora"]:
         source = report["corpora"][corpus]["source"]
         return source if isinstance(source, str) else ", ".join(part["source"] for part in source.values())
+    if corpus in report["collections"]:
+        spec = report["collections"][corpus]
+        return " with ".join(spec[key] for key in ("source", "triples") if spec.get(key))
     stage = report["refined"][corpus]
     ops = ", then ".join(_named(op) for op in stage["ops"])
     return f"{_text(stage['from'], report)} through {ops}"
@@ -99,19 +104,21 @@ def _sources(reference: str, models: dict) -> list[str]:
 
 def card(directory: Path, facts: Facts) -> Path:
     """Write README.md into a model directory."""
-    architecture = (read_json(directory / "config.json").get("architectures") or ["AutoModel"])[0]
+    ranker = read_json(directory / ABOUT) if (directory / ABOUT).is_file() else None
+    config = read_json((directory / ENCODER if ranker else directory) / "config.json")
+    architecture = (config.get("architectures") or ["AutoModel"])[0]
+    loads = (directory / LOADS).is_file()
     parts = [
-        _front_matter(architecture, facts),
+        _front_matter(_matter_of_ranker(ranker, loads) if ranker else _matter(architecture), facts),
         f"# {facts.name}",
         facts.about,
         _origin(facts),
+        _scoring(ranker, architecture) if ranker else "",
         _table(facts),
         "## Training",
         *_training(facts),
         "## Use",
-        f"```python\nfrom transformers import AutoTokenizer, {architecture}\n\n"
-        f'model = {architecture}.from_pretrained("path/to/this/directory")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```',
+        *(_use_of_ranker(ranker, loads) if ranker else _use(architecture)),
         "## Licence",
         _licence(facts),
     ]
@@ -119,18 +126,77 @@ def card(directory: Path, facts: Facts) -> Path:
     return directory / "README.md"
 
 
-def _front_matter(architecture: str, facts: Facts) -> str:
-    hub = [source for sources in facts.teachers.values() for source in sources if HUB_ID.fullmatch(source)]
+def _use(architecture: str) -> Iterator[str]:
+    yield (
+        f"```python\nfrom transformers import AutoTokenizer, {architecture}\n\n"
+        f'model = {architecture}.from_pretrained("path/to/this/directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n```'
+    )
+
+
+def _scoring(ranker: dict, architecture: str) -> str:
+    """What scores, in a sentence."""
+    how = {
+        "cross_encoder": "a linear layer over query and passage read as one text",
+        "classifier": "its classification head over query and passage read as one text",
+        "dual_encoder": f"{ranker.get('similarity')} of one vector a text ({ranker.get('pooling')} pooling)",
+        "colbert": f"each token of a query finds its best one of the passage ({ranker.get('similarity')})",
+        "prett": "layers that read query and passage apart, then together",
+        "tk": "kernels over the cosines of contextualised words",
+    }[ranker["kind"]]
+    return (
+        f"It scores how well a passage answers a query: {how}. `{ENCODER}/` is a plain `{architecture}` with its "
+        f"tokenizer. Queries are cut at {ranker['query_length']} tokens, passages at {ranker['passage_length']}; "
+        "a score orders the passages of one query and is no probability."
+    )
+
+
+LIBRARY = {  # of sentence-transformers: a class, and how it scores
+    "cross_encoder": ("CrossEncoder", "model.predict([(query, passage)])"),
+    "classifier": ("CrossEncoder", "model.predict([(query, passage)])"),
+    "dual_encoder": ("SentenceTransformer", "{both}"),
+    "colbert": ("MultiVectorEncoder", "{both}"),
+}
+BOTH = "model.similarity(model.encode_query([query]), model.encode_document([passage]))"
+
+
+def _use_of_ranker(ranker: dict, loads: bool) -> Iterator[str]:
+    texts = 'query, passage = "what is a token?", "A token is a piece of text that a model reads at once."\n'
+    yield (
+        f"```python\nfrom distill.ranking.opening import form, open_at\n\n{texts}"
+        'ranker = open_at(form("path/to/this/directory"))\nprint(ranker.scores([(query, passage)]))\n```'
+    )
+    if loads:
+        kind, scored = LIBRARY[ranker["kind"]]
+        yield "sentence-transformers (6.2) loads the same directory:"
+        yield (
+            f"```python\nfrom sentence_transformers import {kind}\n\n{texts}"
+            f'model = {kind}("path/to/this/directory")\nprint({scored.format(both=BOTH)})\n```'
+        )
+
+
+def _matter(architecture: str) -> dict:
     pipeline = next((name for ending, name in PIPELINES.items() if architecture.endswith(ending)), "feature-extraction")
-    matter = {"library_name": "transformers", "pipeline_tag": pipeline, "tags": ["distillation", facts.recipe]}
+    return {"library_name": "transformers", "pipeline_tag": pipeline, "tags": []}
+
+
+def _matter_of_ranker(ranker: dict, loads: bool) -> dict:
+    library = {"library_name": "sentence-transformers"} if loads else {}
+    pipeline = "sentence-similarity" if ranker["kind"] == "dual_encoder" else "text-ranking"
+    return library | {"pipeline_tag": pipeline, "tags": [ranker["kind"].replace("_", "-")]}
+
+
+def _front_matter(matter: dict, facts: Facts) -> str:
+    hub = [source for sources in facts.teachers.values() for source in sources if HUB_ID.fullmatch(source)]
+    matter = {**matter, "tags": ["distillation", *matter["tags"], facts.recipe]}
     text = yaml.safe_dump(matter | ({"base_model": hub} if hub else {}), sort_keys=False)
     return f"---\n{text}---"
 
 
 def _origin(facts: Facts) -> str:
     train = facts.stage["train"]
-    (kind, value) = next((key, given) for key, given in train["student"].items() if given is not None)
-    start = {"cut": _cut, "new": _new, "grow": _grown, "from": lambda reference: f"`{reference}`"}[kind](value)
+    said = {"cut": _cut, "new": _new, "grow": _grown, "from": lambda reference: f"`{reference}`"}
+    start = next(said[key](given) for key, given in train["student"].items() if key in said and given is not None)
     taught = ", ".join(name for target in train["targets"].values() for name in _names(target))
     sources = "; ".join(f"`{name}`: " + " or ".join(found) for name, found in facts.teachers.items())
     teacher = f"distilled from {taught} ({sources})" if taught else "trained without a teacher"

@@ -14,6 +14,7 @@ from growth.errors import UserError
 from growth.files import read_json
 
 PUBLIC = ("mean", "seeds", "better")  # of a metric in report.json
+ALIKE = ("data", "depth", "retrieve")  # of an evaluation: rows are compared where these are the same
 PASSED_ON = ("machine", "versions", "command")
 
 
@@ -27,7 +28,10 @@ def gather(run: Path) -> dict:
     if not found:
         raise UserError(f"{run}: nothing was evaluated yet; `distill run` goes on where it stopped")
     last = list(found.values())[-1]
-    rows = [row for stage in found for row in _named(stage, found)]
+    on = {
+        stage["id"]: [stage["evaluate"].get(key) for key in ALIKE] for stage in recipe["stages"] if "evaluate" in stage
+    }
+    rows = [{**row, "on": on[stage]} for stage in found for row in _named(stage, found)]
     raced = [row for row in rows if "saving" in found[row["stage"]]["metrics"]]
     return {
         "recipe": recipe["recipe"],
@@ -35,14 +39,25 @@ def gather(run: Path) -> dict:
         "equal": recipe.get("equal", "steps"),
         "seeds": recipe.get("seeds", 1),
         "rows": rows,
+        "comparisons": [told for stage in found for told in _compared(stage, found)],
         "runners": savings.gather(run, raced) if raced else [],
         "metrics": {name: facts for result in found.values() for name, facts in result["metrics"].items()},
+        "notes": list(dict.fromkeys((facts["title"], facts["note"]) for result in found.values() for facts in
+                                    result["metrics"].values())),
         "stages": [stage for stage in recipe["stages"] if "train" in stage],
         "corpora": recipe.get("corpora", {}),
+        "collections": recipe.get("collections", {}),
         "refined": {stage["id"]: stage["data"] for stage in recipe["stages"] if "data" in stage},
         "models": recipe.get("models", {}),
         **{key: last[key] for key in PASSED_ON},
-    }
+    }  # fmt: skip
+
+
+def _compared(stage: str, found: dict[str, dict]) -> Iterator[dict]:
+    """What was compared item by item, by the names that the rows have in the report."""
+    names = {row["name"]: named["name"] for row, named in zip(found[stage]["rows"], _named(stage, found), strict=True)}
+    for told in found[stage].get("comparisons", []):
+        yield {**told, "row": names[told["row"]], "against": names[told["against"]]}
 
 
 def _named(stage: str, found: dict[str, dict]) -> Iterator[dict]:
@@ -61,7 +76,9 @@ def public(report: dict) -> dict:
         }
         for row in report["rows"]
     ]
-    return {"recipe": report["recipe"], "equal": report["equal"], "rows": rows} | {k: report[k] for k in PASSED_ON}
+    passed_on = {key: report[key] for key in PASSED_ON}
+    compared = {"comparisons": report["comparisons"]} if report["comparisons"] else {}
+    return {"recipe": report["recipe"], "equal": report["equal"], "rows": rows} | compared | passed_on
 
 
 def training_logs(run: Path, stages: list[dict]) -> dict[str, list[list[dict]]]:

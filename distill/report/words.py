@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distill.evaluate import BELOW
+from distill.ranking.significance import LEVEL, ROUNDS
 from distill.report import savings
 from growth import console
+
+KEPT = ("probe", "ndcg")  # metrics of which a student keeps a share of its teacher's
+SPEEDS = ("speed", "pair_speed")
+DOUBT = 0.05  # a larger p is not called significant
 
 # The table
 
@@ -13,13 +19,12 @@ from growth import console
 def table(report: dict, mark: str) -> tuple[list[str], list[list[str]]]:
     """Headings and cells; the best value below the teacher stands in `mark`s."""
     metrics = report["metrics"]
-    best = {name: best_text(report, name) for name in metrics}
     columns = ["", "parameters", *(heading(facts) for facts in metrics.values())]
-    rows = [[row["name"], console.count(row["params"])] for row in report["rows"]]
+    rows = [[row["name"], console.count(row["params"]) if row["params"] else "-"] for row in report["rows"]]
     for cells, row in zip(rows, report["rows"], strict=True):
         for name in metrics:
             text = value_text(report, row, name)
-            wins = row["role"] != "teacher" and text == best[name]
+            wins = row["role"] != "teacher" and text == best_text(report, name, row["on"])
             cells.append((f"{mark}{text}{mark}" if wins else text) + error_text(report, row, name))
     return columns, rows
 
@@ -47,14 +52,19 @@ def _raced(report: dict, row: dict) -> savings.Runner | None:
     return next((runner for runner in report["runners"] if runner.name == row["name"] and runner.outcomes), None)
 
 
-def best_text(report: dict, metric: str) -> str | None:
-    """The best figure of the rows below the teacher; None where there is nothing to choose between."""
-    rows = [row for row in report["rows"] if row["role"] != "teacher" and metric in row["metrics"]]
+def best_text(report: dict, metric: str, on: list) -> str | None:
+    """The best figure of the rows below the teacher on the same data; None where there is nothing to choose from."""
+    rows = [row for row in _alike(report, on) if row["role"] != "teacher" and metric in row["metrics"]]
     better = report["metrics"][metric]["better"]
     if better == "none" or len({value_text(report, row, metric) for row in rows}) < 2:
         return None
     choose = max if better == "high" else min
     return value_text(report, choose(rows, key=lambda row: row["metrics"][metric]["mean"]), metric)
+
+
+def _alike(report: dict, on: list) -> list[dict]:
+    """Rows that were measured on the same data."""
+    return [row for row in report["rows"] if row["on"] == on]
 
 
 def show(report: dict) -> None:
@@ -73,29 +83,52 @@ def _seeds(report: dict) -> str:
 
 
 def sentences(report: dict) -> list[str]:
-    """What it was worth, computed from the figures: what training saved, and one sentence a student."""
-    students = [row for row in report["rows"] if row["role"] == "student"]
-    return [*savings.sentences(report["runners"]), *(text for row in students if (text := _sentence(report, row)))]
+    """What it was worth, computed from the figures: what training saved, and one sentence a student.
+
+    Rankers are compared query by query, in a sentence for each that a student is compared with.
+    """
+    found = savings.sentences(report["runners"])
+    for row in report["rows"]:
+        if row["role"] == "student":
+            found += [text for text in (_sentence(report, row), *_by_query(report, row["name"])) if text]
+    return found
+
+
+def _by_query(report: dict, student: str) -> Iterator[str]:
+    for told in report["comparisons"]:
+        if told["row"] == student:
+            yield f"{student} against {told['against']}: {comparison(told)}."
+
+
+def comparison(told: dict) -> str:
+    """`nDCG@10 +0.031 (95% interval +0.012 to +0.050; p 0.0004; 300 queries)`."""
+    doubt = "" if told["p"] < DOUBT else ", not significant"
+    return (
+        f"{told['measure']} {told['difference']:+.3f}{doubt} ({LEVEL:.0%} interval {told['low']:+.3f} to "
+        f"{told['high']:+.3f}; p {told['p']:.2g}; {told['queries']:,} queries)"
+    )
 
 
 def _sentence(report: dict, student: dict) -> str:
     parts = [text for text in (_against_teacher(report, student), *_against_others(report, student)) if text]
     if not parts:
-        return "" if _raced(report, student) else f"{student['name']}: nothing to compare with."
+        compared = any(told["row"] == student["name"] for told in report["comparisons"])
+        return "" if compared or _raced(report, student) else f"{student['name']}: nothing to compare with."
     return f"{student['name']}: {'; '.join(parts)}."
 
 
 def _against_teacher(report: dict, student: dict) -> str:
-    teacher = next((row for row in report["rows"] if row["role"] == "teacher"), None)
+    teacher = next((row for row in _alike(report, student["on"]) if row["role"] == "teacher"), None)
     if teacher is None:
         return ""
     kept = [
         f"{_ratio(student, teacher, name):.1%} of its {facts['title']}"
         for name, facts in report["metrics"].items()
-        if name == "probe" and name in student["metrics"] and teacher["metrics"].get(name, {}).get("mean")
+        if name in KEPT and name in student["metrics"] and teacher["metrics"].get(name, {}).get("mean")
     ]
     size = f"{student['params'] / teacher['params']:.0%} of the teacher's parameters"
-    speed = f" at {_ratio(student, teacher, 'speed'):.1f} times its speed" if "speed" in student["metrics"] else ""
+    measured = next((name for name in SPEEDS if _both(student, teacher, name)), None)
+    speed = f" at {_ratio(student, teacher, measured):.1f} times its speed" if measured else ""
     return size + speed + (", keeps " + " and ".join(kept) if kept else "")
 
 
@@ -104,8 +137,9 @@ def _ratio(one: dict, other: dict, metric: str) -> float:
 
 
 def _against_others(report: dict, student: dict) -> Iterator[str]:
-    for other in report["rows"]:
-        if other["role"] in ("baseline", "scratch"):
+    by_query = [told["against"] for told in report["comparisons"] if told["row"] == student["name"]]
+    for other in _alike(report, student["on"]):
+        if other["role"] in BELOW and other["name"] not in by_query:
             shared = [n for n, facts in report["metrics"].items() if facts["quality"] and _both(student, other, n)]
             if shared:
                 differences = ", ".join(_difference(report, student, other, name) for name in shared)
@@ -151,7 +185,8 @@ def markdown(report: dict, pictures: dict[str, str], sections: list[str]) -> str
         "one value (test items, not seeds).",
         *(f"**{sentence}**" for sentence in sentences(report)),
         "## How it was measured",
-        "\n".join(f"- **{facts['title']}**: {facts['note']}." for facts in report["metrics"].values()),
+        "\n".join(f"- **{title}**: {note}." for title, note in report["notes"]),
+        *_every_query(report),
         *_every_seed(report),
         *sections,
         *(f"![{caption}]({file})" for caption, file in pictures.items()),
@@ -169,6 +204,24 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [columns, rule, *rows]
+    )
+
+
+def _every_query(report: dict) -> Iterator[str]:
+    if not report["comparisons"]:
+        return
+    yield "## Compared query by query"
+    rows = [
+        [told["row"], told["against"], f"{told['measure']} {told['difference']:+.3f}",
+         f"{told['low']:+.3f} to {told['high']:+.3f}", f"{told['p']:.2g}", f"{told['queries']:,}"]
+        for told in report["comparisons"]
+    ]  # fmt: skip
+    yield markdown_table(["row", "against", "difference", f"{LEVEL:.0%} interval", "p", "queries"], rows)
+    yield (
+        "p is how often chance alone would make the difference as large: the two values of each query change places at "
+        f"random, {ROUNDS:,} times (every way there is, where there are fewer). The interval draws queries with "
+        "replacement. Of a row with several seeds each query has its mean. None of the p is corrected for how many "
+        "there are."
     )
 
 

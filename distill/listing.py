@@ -13,6 +13,10 @@ from distill.recipe import packaged
 from distill.refine import OPS
 from growth.console import table
 
+COLLECTIONS = {
+    "docstrings": "of this Python installation: a summary line asks for the body below it",
+    "PATH": "a directory in BEIR's layout: corpus.jsonl, queries.jsonl, qrels.tsv or qrels/SPLIT.tsv",
+}
 SOURCES = {
     "stdlib": "English prose of this Python installation: docstrings, comments, topics",
     "stdlib-code": "the source code of this Python installation",
@@ -31,6 +35,7 @@ def show() -> None:
     table(["hook", "about"], [(name, _first_line(kind)) for name, kind in HOOKS.items()])
     table(["metric", "about"], [(name, _first_line(type(metric))) for name, metric in METRICS.items()])
     table(["source", "about"], list(SOURCES.items()))
+    table(["collection", "about"], list(COLLECTIONS.items()))
 
 
 def _about(file) -> str:

@@ -341,6 +341,8 @@ def test_every_kind_of_ranker_scores_every_pair_as_it_does_alone(place, tmp_path
     alone = torch.cat([ranker.scores([pair]) for pair in pairs])
     assert torch.allclose(torch.from_numpy(kept), alone, atol=1e-5, rtol=1e-5)
     assert told["pairs"] == told["scored"] == len(named) == len(set(named))
+    nothing = ranker.ranker(*ranker.read(pairs[:2])[:2], torch.zeros(0, 2, dtype=torch.long))
+    assert nothing.shape == (0,) and nothing.dtype == torch.float32
 
 
 def test_a_passage_goes_through_an_encoder_once(place, tmp_path):

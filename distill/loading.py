@@ -97,6 +97,8 @@ def heads(kind: type) -> dict[str, type]:
 
 def causal(config) -> bool:
     """Whether every token sees only those before it."""
+    if config.model_type == "gemma3_text" and config.use_bidirectional_attention:  # EmbeddingGemma
+        return False
     return "causal" in headed(type(config))
 
 

@@ -7,7 +7,9 @@ import tiny
 import torch
 from torch.testing import assert_close
 
-from distill import layout
+from distill import layout, loading
+from distill.objectives.ce import CrossEntropy
+from distill.taps import trace
 from growth.errors import UserError
 
 CASES = [(family, attention) for family in tiny.EVERY for attention in tiny.attentions(family)]
@@ -37,6 +39,34 @@ def test_packed_documents_do_not_see_each_other(family, attention):
     assert (outputs(model, packed) - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
+def learned(model, head, batch):
+    """The loss, and its gradient by every parameter."""
+    if head is None:
+        loss = outputs(model, batch).square().mean()
+    else:
+        objective, labels = CrossEntropy(objective=head), batch["input_ids"].where(batch["segment_ids"] > 0, -100)
+        batch = {**batch, "labels": labels}
+        rows, _ = objective._scored(batch)
+        loss = objective.terms(trace(model, batch, [], rows=rows), None, batch)[head] / len(rows)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.EVERY if family != "distilbert"])
+def test_packed_rows_have_the_loss_and_the_gradients_of_their_documents(family):
+    """Also through routers (whose own loss, over all tokens of a batch, is off) and through windows."""
+    head, packed = tiny.head(family), tiny.batch(DOCUMENTS, LENGTH)
+    # Gemma-2's softmax is float32: the least number of float64 would be minus infinity in it
+    dtype = torch.float32 if family == "gemma2" else torch.float64
+    (loss, ours), (alone, theirs) = (
+        learned(tiny.model(family, head).to(dtype), head, batch) for batch in (packed, documents(packed))
+    )
+    assert loss == pytest.approx(alone, rel=1e-6) and ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() < 1e-5 * largest, name
+
+
 @pytest.mark.parametrize("window", [{"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_windows_keep_to_their_document(family, window):
@@ -49,7 +79,9 @@ def test_windows_keep_to_their_document(family, window):
 def test_padding_on_the_right_is_what_transformers_does_by_itself(family, attention):
     model, batch = tiny.model(family, attention=attention), tiny.batch([[13], [4], [1]], 13)
     alone = model(input_ids=batch["input_ids"], attention_mask=batch["segment_ids"])[0]
-    assert torch.equal(outputs(model, batch), alone[batch["segment_ids"] > 0])
+    ours, theirs = outputs(model, batch), alone[batch["segment_ids"] > 0]
+    routed = family in ("mixtral", "qwen2_moe")  # an expert multiplies all its tokens at once, padding with them
+    assert_close(ours, theirs, atol=1e-5, rtol=1e-5) if routed else assert_close(ours, theirs, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("family", "attention"), [c for c in CASES if c[0] != "distilbert"])
@@ -79,6 +111,22 @@ def test_a_family_without_position_ids_refuses_packed_rows():
     assert not layout.packable(model.config)
     with pytest.raises(UserError, match="distilbert cannot keep packed documents apart"):
         layout.inputs(model, tiny.batch(DOCUMENTS, LENGTH))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_gemma_that_sees_both_ways_is_packed_and_is_not_causal(attention):
+    """EmbeddingGemma."""
+    model, packed = (
+        tiny.model("gemma3_text", use_bidirectional_attention=True, attention=attention),
+        tiny.batch(DOCUMENTS, LENGTH),
+    )
+    assert not loading.causal(model.config) and loading.causal(tiny.config("gemma3_text"))
+    assert_close(outputs(model, packed), outputs(model, documents(packed)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_table_of_positions_ends_where_it_ends():
+    assert layout.longest(tiny.config("albert")) == layout.longest(tiny.config("electra")) == tiny.LENGTH
+    assert layout.longest(tiny.config("phi3")) is None
 
 
 def test_a_bert_that_decodes_is_not_packed():

@@ -27,9 +27,9 @@ from growth.masks import by_parameter, of_parameters, read
 from growth.operate import Output
 
 MATRICES = {  # what SPDF makes sparse of all blocks
-    **dict.fromkeys(("bert", "roberta", "distilbert"), 3 * 6),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2"), 4 * 7),
-    **{"modernbert": 4 * 4, "gpt2": 2 * 4, "gpt_neox": 4 * 4, "t5": 2 * 6 + 3 * 10},
+    **dict.fromkeys(("bert", "roberta", "distilbert", "electra"), 3 * 6),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"), 4 * 7),
+    **{"modernbert": 4 * 4, "gpt2": 2 * 4, "gpt_neox": 4 * 4, "phi3": 4 * 4, "t5": 2 * 6 + 3 * 10},
     **{"mixtral": 4 * (4 + 15), "qwen2_moe": 4 * (4 + 15 + 3)},
 }
 LIE = "model.layers.0.mlp.up_proj.weight"  # of a Llama, [41, 48]

@@ -70,7 +70,7 @@ def sees(config, layer, real):
     if family == "modernbert" and config.layer_types[layer] == "sliding_attention":
         allowed = allowed & (back.abs() <= config.local_attention // 2)
     local = family.startswith("gemma") and config.layer_types[layer] == "sliding_attention"
-    if family in ("mistral", "phi3") or local:
+    if family in ("mistral", "mixtral", "phi3") or local:
         allowed = allowed & (back < config.sliding_window)
     return allowed
 

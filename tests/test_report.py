@@ -130,7 +130,9 @@ def changed(**rows):
             found["metrics"]["probe"] = metric("high", *rows[found["name"]], error=0.01)
     return {
         **results,
+        "rows": [{**found, "on": []} for found in results["rows"]],
         "runners": [],
+        "comparisons": [],
         **{key: RECIPE[key] for key in ("recipe", "about", "equal", "seeds", "models", "corpora")},
     }
 

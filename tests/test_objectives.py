@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.objectives import OBJECTIVES, CrossEntropy, RelationKL, cross_entropy, relation_kl, scored, token_sum
+from distill.objectives import (
+    OBJECTIVES,
+    RANKING,
+    CrossEntropy,
+    RelationKL,
+    cross_entropy,
+    relation_kl,
+    scored,
+    token_sum,
+)
 from distill.objectives import relation_sum as blocks
 from distill.objectives.known import known
 
@@ -353,7 +362,7 @@ def test_a_wrong_recipe_is_refused(keys, expected):
 def test_recipes_need_no_torch():
     code = "import sys, distill.objectives as o; o.RelationKL(target='t', heads=4); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert set(OBJECTIVES) == {"relation_kl", "ce", "divergence", "aligned", "hidden_mse"}
+    assert set(OBJECTIVES) == {"relation_kl", "ce", "divergence", "aligned", "hidden_mse", *RANKING}
 
 
 # Known gradients

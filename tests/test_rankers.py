@@ -14,6 +14,7 @@ from tokenizers import processors
 
 from distill import layout, loading
 from distill.ranking import colbert, encoding, export, kinds, rankers, vectors
+from distill.ranking import ranker as base
 from distill.ranking.joining import join_of
 from distill.ranking.kinds import ColBERTKind, CrossKind, DualKind, Join, PreTTKind, TKKind
 from growth import files
@@ -105,7 +106,7 @@ def test_many_small_passes_are_one_big_one(kind, monkeypatch):
     ranker = ranker_of(kind)
     found = ranker(*draw(), PAIRS)
     monkeypatch.setattr(encoding, "PLACES", 1)
-    monkeypatch.setattr(colbert, "NUMBERS", 1)
+    monkeypatch.setattr(base, "NUMBERS", 1)
     near(ranker(*draw(), PAIRS), found)
 
 

@@ -83,6 +83,10 @@ class Recall(_OfRuns):
     def measured(self) -> str:
         return f"R@{self.at}"
 
+    def note(self, bench) -> str:
+        alike = not bench.retrieve and bench.depth <= self.at
+        return super().note(bench) + "; the order does not matter to it, so all rows are equal" * alike
+
 
 @dataclass(frozen=True)
 class PairSpeed:

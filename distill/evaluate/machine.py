@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 PACKAGES = ("distill-growth", "torch", "transformers", "deepspeed", "safetensors", "tokenizers", "numpy")
@@ -17,9 +17,14 @@ def facts() -> dict:
     """The keys `machine`, `versions` and `command` of a report."""
     return {
         "machine": {"cores": cores(), "cpu": cpu(), "memory": memory(), "gpu": gpu()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed."""
+    return {name: found.version for name in PACKAGES for found in distributions(name=name)}
 
 
 def cores() -> int:

@@ -126,7 +126,7 @@ CHANGES = [
     ("tokenizer: teacher", "tokenizer: teacher, heldout: 1.5", "corpora.text.heldout: must be less than 1, found 1.5"),
     ("tokenizer: teacher", "tokenizer: teacher, heldout: .nan", ".nan is not a plain finite decimal number"),
     ("tokenizer: teacher", "tokenizer: teacher, length: 010", "010 is not a plain finite decimal number"),
-    ("data: text\n", "data: txt\n", "stages.student.train.data: no corpus or collection 'txt'; did you mean 'text'? (line 9)"),
+    ("data: text\n", "data: txt\n", "train.data: no corpus or collection 'txt'; did you mean 'text'? (line 9)"),
     ("{from: teacher, layers: [0, 1]}}", "{from: twin, layers: 2}}", "stage 'twin' is not finished before this one"),
     ("{from: teacher, layers: [0, 1]}}", "{from: report, layers: 2}}", "stage 'report' trains nothing"),
     (

@@ -34,9 +34,6 @@ class Flops:
     def total(self) -> float:
         return self.linear + self.attention + self.vocabulary
 
-    def times(self, n: float) -> Flops:
-        return Flops(self.linear * n, self.attention * n, self.vocabulary * n)
-
 
 @dataclass(frozen=True)
 class Work:

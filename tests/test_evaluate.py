@@ -297,6 +297,7 @@ def test_the_result_names_machine_versions_and_command_but_no_place(place, tmp_p
         ("alone", "twin", "scratch"),
         ("scratch", "s", "scratch"),
         ("assistant", "middle", "assistant"),
+        ("student without a teacher", "alone", "scratch"),
     ],
 )
 def test_roles_come_from_labels_and_references(label, reference, found):

@@ -175,6 +175,11 @@ def test_a_second_report_is_the_first_one(reported, tmp_path):
     assert first == second
 
 
+def test_where_nobody_teaches_the_mark_says_no_teacher():
+    for role, said in (("teacher", "best below the teacher"), ("student", "best")):
+        assert words._marked({"rows": [{"role": "baseline"}, {"role": role}]}) == said
+
+
 def test_the_best_value_below_the_teacher_is_marked():
     def marked(found):
         _, rows = words.table(found, mark="*")

@@ -65,6 +65,7 @@ BELOW = ("baseline", "scratch")  # roles of rows that others are compared with
 
 # words of a label or reference -> role; the first that stands in either wins, anything else is a student
 ROLES = {
+    "without": "scratch",  # the teacher, say: it names what the row is not
     "teacher": "teacher",
     "assistant": "assistant",
     "scratch": "scratch",

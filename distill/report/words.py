@@ -72,7 +72,12 @@ def show(report: dict) -> None:
     columns, rows = table(report, mark="*")
     title = f"{report['recipe']}: {_seeds(report)}, equal {report['equal']}"
     console.table(columns, rows, title=title)
-    console.say("\n".join(["* best below the teacher; ± standard error of one value", *sentences(report)]))
+    console.say("\n".join([f"* {_marked(report)}; ± standard error of one value", *sentences(report)]))
+
+
+def _marked(report: dict) -> str:
+    taught = any(row["role"] == "teacher" for row in report["rows"])
+    return "best below the teacher" if taught else "best"
 
 
 def _seeds(report: dict) -> str:
@@ -181,7 +186,7 @@ def markdown(report: dict, pictures: dict[str, str], sections: list[str]) -> str
         f"# {report['recipe']}",
         report["about"],
         markdown_table(*table(report, mark="**")),
-        f"{_seeds(report).capitalize()}, equal {report['equal']}; bold: best below the teacher; ± standard error of "
+        f"{_seeds(report).capitalize()}, equal {report['equal']}; bold: {_marked(report)}; ± standard error of "
         "one value (test items, not seeds).",
         *(f"**{sentence}**" for sentence in sentences(report)),
         "## How it was measured",

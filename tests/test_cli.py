@@ -117,7 +117,7 @@ def test_schema_is_json():
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["run", "nope"], 2, "error: nope: no such file; packaged recipes are bert2bert, ensemble, gstack, "),
+        (["run", "nope"], 2, "error: nope: no such file; packaged recipes are bert2bert, ensemble, "),
         (["run", "minilm", "engine.zeroo=1"], 2, "command line: engine: no key 'zeroo'; did you mean 'zero'?"),
         (["run", "minilm", "seed"], 2, "error: seed: expected key.sub=value"),
         (["run", "minilm", "--from", "studnt"], 2, "--from studnt: no such stage; did you mean 'student'?"),

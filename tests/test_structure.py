@@ -42,6 +42,11 @@ def _for_types(tree: ast.Module, node: ast.ImportFrom) -> bool:
     return any(node in guard.body for guard in guards)
 
 
+def test_every_directory_of_modules_is_a_package():
+    """`find:` installs nothing else."""
+    assert not [path for path in FILES.values() if not (path.parent / "__init__.py").is_file()]
+
+
 def test_growth_does_not_know_distill():
     assert not [m for m in FILES if m.startswith("growth") and any(n.startswith("distill") for n in imports(m))]
 

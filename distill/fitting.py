@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from distill import sources
 from distill.corpus import tokens
 from distill.kinds import Stage
 from distill.specs import NewTokenizer
@@ -28,13 +29,18 @@ class Text:
 
     @cached_property
     def tokenizer(self):
-        """That of a model; None where it is yet to be learned."""
-        named = isinstance(self.spec.tokenizer, str)
-        return tokens.load(self.planned.context.model(self.spec.tokenizer)) if named else None
+        """That of a model; None where it is yet to be learned, and where a forecast has a config alone."""
+        if not isinstance(self.spec.tokenizer, str):
+            return None
+        path = self.planned.context.model(self.spec.tokenizer)
+        return tokens.load(path) if _brought(path) or sources.has_weights(path) else None
 
     @cached_property
     def vocabulary(self) -> int:
-        return tokens.facts(self.tokenizer).vocabulary if self.tokenizer else self.spec.tokenizer.train.vocab
+        if self.tokenizer:
+            return tokens.facts(self.tokenizer).vocabulary
+        named = isinstance(self.spec.tokenizer, str)
+        return self.planned.facts(self.spec.tokenizer).vocab if named else self.spec.tokenizer.train.vocab
 
     def too_long(self, who: str, facts) -> Iterator[str]:
         if facts.positions and self.spec.length > facts.positions:
@@ -56,6 +62,8 @@ class Text:
         name, theirs = _learned(reference, self.planned)
         if theirs == self.spec.tokenizer or isinstance(theirs, NewTokenizer):
             return  # what is yet to be learned is compared when the stage begins
+        if isinstance(self.spec.tokenizer, str) and not self.tokenizer:
+            return
         if theirs is None:
             if rows:
                 yield f"{name} brings no tokeniser, so nobody can say what its logits are of; put its files there"
@@ -91,8 +99,11 @@ def _learned(reference: str, planned) -> tuple[str, str | NewTokenizer | None]:
         if stage.origin is None:
             return reference, recipe.text(stage.train.corpus).tokenizer
         name = stage.origin
-    path = planned.context.model(name)
-    return name, name if any((Path(path) / file).exists() for file in BROUGHT) else None
+    return name, name if _brought(planned.context.model(name)) else None
+
+
+def _brought(path: Path) -> bool:
+    return any((Path(path) / file).exists() for file in BROUGHT)
 
 
 def of_training(stage: Stage, planned, student, teachers: dict) -> Iterator[str]:

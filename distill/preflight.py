@@ -81,17 +81,24 @@ class Planned:
         """A model without storage, of the class that it has or will have; of one at hand the table must know all."""
         from distill import loading
 
-        if reference in self.recipe.models:
-            dissect(growth.open(sources.encoder(self.context.model(reference))))
+        if checkpoint := self._checkpoint(reference):
+            dissect(checkpoint)
         config = loading.configuration(self.config(reference))
         model = loading.skeleton(loading.architecture(config) or loading.class_of(config, None), config, {})
         model.masks = self._masks(reference, model)
         return model
 
+    def _checkpoint(self, reference: str):
+        """A model whose weights are at hand; a forecast may have its config alone."""
+        at_hand = reference in self.recipe.models and sources.has_weights(self.context.model(reference))
+        return growth.open(sources.encoder(self.context.model(reference))) if at_hand else None
+
     def _masks(self, reference: str, model) -> dict[str, Any]:
         """Of a model at hand, or as operators will make them; of one trained sparse, that there will be some."""
+        if checkpoint := self._checkpoint(reference):
+            return masks_of(checkpoint)
         if reference in self.recipe.models:
-            return masks_of(growth.open(sources.encoder(self.context.model(reference))))
+            return {}
         if grown := self.recipe.stage(reference.partition(".")[0]).grow:
             return self.grown(grown).masks
         return growth.sparsify(model, sparsity=0).masks if is_sparse(reference, self) else {}
@@ -190,8 +197,10 @@ def _examine(recipe: Recipe, context) -> None:
     from distill import loading
 
     for name in recipe.models:
+        path = context.model(name)
+        look = loading.examine if sources.has_weights(path) else loading.configuration
         try:
-            loading.examine(sources.encoder(context.model(name)))
+            look(sources.encoder(path))
         except UserError as error:
             raise UserError(f"model {name}: {error}") from error
 

@@ -12,20 +12,37 @@ from growth import files
 from growth.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-DOWNLOADED = ["*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model"]
+ABOUT_IT = ["*.json", "vocab.txt", "merges.txt", "*.model"]  # config, tokenizer, and what else is not weights
+WEIGHTS = "*.safetensors"
 
 
 def resolve(spec, name: str) -> Path:
     """The directory of a model: the first of its sources that is here, else the first that can be downloaded."""
-    found = (path for look in (_here, _download) for s in spec.from_ if (path := look(s, spec.revision)))
+    path = _found(spec, name, [WEIGHTS, *ABOUT_IT])
+    if not has_weights(path):
+        raise UserError(f"model {name}: {path} has no {WEIGHTS}; weights of another form are not read")
+    if spec.sha256 and (actual := weights_sha256(path)) != spec.sha256:
+        raise UserError(f"model {name}: the weights in {path} have sha256 {actual}, the recipe asks for {spec.sha256}")
+    return path
+
+
+def described(spec, name: str) -> Path:
+    """The same for a forecast, for which a config.json does: no weights are fetched, and none compared."""
+    return _found(spec, name, ABOUT_IT)
+
+
+def has_weights(path: Path) -> bool:
+    return any(encoder(path).glob(WEIGHTS))
+
+
+def _found(spec, name: str, wanted: list[str]) -> Path:
+    found = (path for look in (_here, _download) for source in spec.from_ if (path := look(source, spec, wanted)))
     path = next(found, None)
     if path is None:
         offline = " (HF_HUB_OFFLINE is set)" if _offline() else ""
         raise UserError(
             f"model {name}: none of {', '.join(spec.from_)} is at hand{offline}; give a path or install one"
         )
-    if spec.sha256 and (actual := weights_sha256(path)) != spec.sha256:
-        raise UserError(f"model {name}: the weights in {path} have sha256 {actual}, the recipe asks for {spec.sha256}")
     return path
 
 
@@ -35,7 +52,7 @@ def weights_sha256(path: Path) -> str:
     single = path / "model.safetensors"
     if single.exists():
         return files.sha256(single)
-    weights = sorted({*path.glob("*.safetensors"), *encoder(path).glob("*.safetensors")})
+    weights = sorted({*path.glob(WEIGHTS), *encoder(path).glob(WEIGHTS)})
     if not weights:
         raise UserError(f"{path} has no *.safetensors file")
     lines = "".join(f"{files.sha256(w)}  {w.relative_to(path).as_posix()}\n" for w in weights)
@@ -65,15 +82,16 @@ def weights_of(reference: str, context) -> str:
     return (known and known.sha256) or weights_sha256(path)
 
 
-def _here(source: str, revision: str | None) -> Path | None:
+def _here(source: str, spec, wanted: list[str]) -> Path | None:
     if source.startswith("package:"):
         return _in_package(source)
     path = Path(source).expanduser()
-    return path if path.is_dir() else _hub(source, revision, local_files_only=True)
+    return path if path.is_dir() else _hub(source, spec, wanted, local_files_only=True)
 
 
-def _download(source: str, revision: str | None) -> Path | None:
-    return None if _offline() or source.startswith("package:") else _hub(source, revision, local_files_only=False)
+def _download(source: str, spec, wanted: list[str]) -> Path | None:
+    away = _offline() or source.startswith("package:")
+    return None if away else _hub(source, spec, wanted, local_files_only=False)
 
 
 def _in_package(source: str) -> Path | None:
@@ -86,8 +104,8 @@ def _in_package(source: str) -> Path | None:
     return next((p for p in places if p.is_dir()), None)
 
 
-def _hub(source: str, revision: str | None, local_files_only: bool) -> Path | None:
-    """A snapshot of a hub repository that has weights we read: safetensors, json and tokenizer files only."""
+def _hub(source: str, spec, wanted: list[str], local_files_only: bool) -> Path | None:
+    """A snapshot of a hub repository that has what is wanted, or nothing: safetensors are the only weights we read."""
     if not HUB_ID.fullmatch(source):
         return None
     import huggingface_hub
@@ -95,11 +113,11 @@ def _hub(source: str, revision: str | None, local_files_only: bool) -> Path | No
 
     try:
         path = huggingface_hub.snapshot_download(
-            source, revision=revision, allow_patterns=DOWNLOADED, local_files_only=local_files_only
+            source, revision=spec.revision, allow_patterns=wanted, local_files_only=local_files_only
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
-    return Path(path) if any(Path(path).glob("*.safetensors")) else None
+    return Path(path) if any(Path(path).glob(wanted[0])) else None
 
 
 def _offline() -> bool:

@@ -34,11 +34,15 @@ class Tap(NamedTuple):
 
 
 class Seen(dict):
-    """Tap as asked -> tensor; `scaling`: layer as asked -> the factor on the attention scores."""
+    """Tap as asked -> tensor; by layer as asked: `scaling`, the factor on the attention scores, and `window`.
+
+    With a window a token sees only tokens nearer than that.
+    """
 
     def __init__(self):
         super().__init__()
         self.scaling: dict[int, float] = {}
+        self.window: dict[int, int | None] = {}
 
 
 class Keep(torch.autograd.Function):
@@ -81,7 +85,7 @@ class Listener:
     def next(self) -> None:
         self.run += 1
 
-    def attention(self, values: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    def attention(self, values: dict[str, Tensor], scaling: float, window: int | None) -> dict[str, Tensor]:
         """What attention is to go on with: the same values, through `Keep` where they are tapped."""
         if self.heard:
             return values
@@ -91,6 +95,7 @@ class Listener:
             self.record(role, kept[role])
             if self.armed:
                 self.seen.scaling.update(dict.fromkeys(self.asked[role], scaling))
+                self.seen.window.update(dict.fromkeys(self.asked[role], window))
         return kept
 
     def record(self, role: str, value: Tensor) -> None:
@@ -150,8 +155,9 @@ def _recording(name: str) -> Callable:
     def attention(module, query, key, value, *args, **kwargs):
         values = dict(zip(IN_ATTENTION, (query, key, value), strict=True))
         scaling = kwargs.get("scaling")
+        window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))  # Qwen2-MoE keeps it to itself
         for listener in _running.listeners:
-            values = listener.attention(values, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            values = listener.attention(values, query.shape[-1] ** -0.5 if scaling is None else scaling, window)
         ours, module.config._attn_implementation = module.config._attn_implementation, name  # flash reads it there
         try:
             return _original(module, name)(module, *values.values(), *args, **kwargs)

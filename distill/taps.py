@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Trace:
     causal: bool  # every token sees only those before it
     head: Logits | Mixture | None = None  # or what a cache has of it
     scores: Scores | None = None  # of a ranker
+    window: dict[int, int | None] = field(default_factory=dict)  # as `scaling`, by layer; a cache has none
 
     @cached_property
     def logits(self) -> Tensor | None:
@@ -84,14 +85,14 @@ def trace(
     with tap(model, wanted) as seen:
         if classify:
             head = classifiers.logits(model, batch)
-            return Trace(dict(seen), seen.scaling, causal, head)
+            return Trace(dict(seen), seen.scaling, causal, head, window=seen.window)
         if rows is None:
             model.base_model(**inputs)
-            return Trace(dict(seen), seen.scaling, causal)
+            return Trace(dict(seen), seen.scaling, causal, window=seen.window)
         with _only(model, rows), heads.unmade(model) as kept:
             answer = model(**inputs, return_dict=True).logits
         head = heads.of(model, _chosen(model, kept, rows), answer)
-    return Trace(dict(seen), seen.scaling, causal, head)
+    return Trace(dict(seen), seen.scaling, causal, head, window=seen.window)
 
 
 @contextmanager

@@ -25,15 +25,19 @@ from distill.objectives import (
     scored,
     token_sum,
 )
-from distill.objectives import relation_sum as blocks
+from distill.objectives import relation_blocks as blocks
 from distill.objectives.known import known
 
 HEADS, TEACHER, STUDENT = 3, 12, 6
 PACKED = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 0], [1] * 11, [2, 2, 1, 1, 2, 2, 0, 0, 1, 1, 3]])
-FORMS = [{"causal": causal, "reduction": reduction} for causal in (False, True) for reduction in ("sample", "token")]
+FORMS = [
+    {"causal": causal, "reduction": reduction, "window": window}
+    for causal in (False, True)
+    for reduction, window in (("sample", None), ("token", None), ("sample", 3))
+]
 
 
-def brute(teacher, student, segments, heads, *, causal=False, reduction="sample", scaling=(None, None)):
+def brute(teacher, student, segments, heads, *, causal=False, window=99, reduction="sample", scaling=(None, None)):
     """Relation KL of pairs of [B, T, W]."""
     means, rows = [], 0
     for b, numbers in enumerate(segments.tolist()):
@@ -41,8 +45,8 @@ def brute(teacher, student, segments, heads, *, causal=False, reduction="sample"
             places = [t for t, n in enumerate(numbers) if n == number]
             for h in range(heads):
                 sides = [x[b].unflatten(1, (heads, -1))[:, h] for x in (*teacher, *student)]  # [T, d]
-                for i in places:
-                    keys = [j for j in places if j <= i or not causal]
+                for n, i in enumerate(places):
+                    keys = [j for m, j in enumerate(places) if abs(m - n) < (window or 99) and (m <= n or not causal)]
                     kl = brute_row(*sides, i, keys, *scaling)
                     means.append(kl / (heads * (len(places) if reduction == "sample" else 1)))
             rows += 1 if reduction == "sample" else len(places)
@@ -88,14 +92,15 @@ def test_loss_and_gradient_are_those_of_brute_force(form, mixed):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("causal", [False, True])
-def test_blocks_change_neither_loss_nor_gradient(causal, mixed, monkeypatch):
+def test_blocks_change_neither_loss_nor_gradient(causal, window, mixed, monkeypatch):
     teacher, student = sides(PACKED.shape, mixed)
-    whole = relation_kl(teacher, student, PACKED, HEADS, causal=causal)
+    whole = relation_kl(teacher, student, PACKED, HEADS, causal=causal, window=window)
     for scores, heads in ((1, 1), (20, 1), (50, 2), (300, 8)):
         monkeypatch.setattr(blocks, "SCORES", scores)
         monkeypatch.setattr(blocks, "HEADS", heads)
-        cut = relation_kl(teacher, student, PACKED, HEADS, causal=causal)
+        cut = relation_kl(teacher, student, PACKED, HEADS, causal=causal, window=window)
         assert_same(cut, whole)
         assert_same(gradient(cut, student), gradient(whole, student))
 
@@ -111,17 +116,27 @@ def test_gradient_agrees_with_differences(form):
     assert torch.autograd.gradcheck(loss, (left, right))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_as_long_as_a_sequence_is_none(causal):
+    teacher, student = sides(PACKED.shape, mixed=True)
+    wide, whole = (relation_kl(teacher, student, PACKED, HEADS, causal=causal, window=w) for w in (11, None))
+    assert_same(wide, whole)
+    assert_same(gradient(wide, student), gradient(whole, student))
+    assert relation_kl(teacher, student, PACKED, HEADS, causal=causal, window=1) < 1e-15
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     before=st.integers(0, 4),
     after=st.integers(0, 4),
     causal=st.booleans(),
+    window=st.sampled_from([None, 1, 2, 5]),
     reduction=st.sampled_from(["sample", "token"]),
 )
-def test_packed_and_padded_sequences_are_the_same(lengths, before, after, causal, reduction):
+def test_packed_and_padded_sequences_are_the_same(lengths, before, after, causal, window, reduction):
     """Padding is NaN here: what is read of it would show."""
-    form = {"causal": causal, "reduction": reduction}
+    form = {"causal": causal, "window": window, "reduction": reduction}
     teacher, student = sides((1, sum(lengths)), mixed=True)
     segments = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(lengths)])[None]
     packed = relation_kl(teacher, student, segments, HEADS, **form)
@@ -235,11 +250,22 @@ def test_memory_is_linear_in_the_length(monkeypatch):
     assert largest(1024) == 1024 * TEACHER < 1024 * 1024
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_makes_the_scores_linear_in_the_length(causal, monkeypatch):
+    def scores(length):
+        shape, made = (1, length, 6), []
+        monkeypatch.setattr(blocks, "_hide", lambda both, *masks: made.append(both[0].numel()))
+        relation_kl(draw(*shape), draw(*shape, seed=1), torch.ones(shape[:2]).long(), HEADS, causal=causal, window=8)
+        return sum(made)
+
+    assert scores(512) < 2.1 * scores(256) < 2.1 * 256 * HEADS * (2 * 8 if causal else 3 * 8)
+
+
 # The value in a recipe
 
 
 def traced(taps, **more):
-    return SimpleNamespace(taps=taps, **{"scaling": {}, "causal": False, "head": None, **more})
+    return SimpleNamespace(taps=taps, **{"scaling": {}, "window": {}, "causal": False, "head": None, **more})
 
 
 def qkv(batch, width, heads, kv_heads, seed):
@@ -252,22 +278,28 @@ def qkv(batch, width, heads, kv_heads, seed):
     }
 
 
+@pytest.mark.parametrize("windows", [(None, None), (3, 5), (4, None)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_that_of_scaled_dot_product_attention(causal):
+def test_attention_is_that_of_scaled_dot_product_attention(causal, windows):
     """MiniLM v1 with grouped queries: SDPA's own weights, read through values that are the identity."""
     batch, heads, length = (2, 7), 6, 7
     scales = {"teacher": 0.7, "student": 0.4}
     models = {"teacher": qkv(batch, 24, heads, 3, seed=1), "student": qkv(batch, 18, heads, 2, seed=5)}
+    ahead = torch.arange(length) - torch.arange(length)[:, None]
+    seen = (ahead.abs() < (windows[0] or length)) & (ahead <= (0 if causal else length))  # the narrower window
 
     def weights(name):
         q, k = (models[name][role, -1] for role in ("query", "key"))
         one = torch.eye(length, dtype=q.dtype).expand(2, k.shape[1], length, length)
-        return F.scaled_dot_product_attention(q, k, one, is_causal=causal, scale=scales[name], enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, one, attn_mask=seen, scale=scales[name], enable_gqa=True)
 
     p, q = weights("teacher"), weights("student")
     expected = torch.special.xlogy(p, p / q.where(q > 0, torch.ones_like(q))).sum() / (heads * length)
     objective = RelationKL(target="t", relations=["attention"])
-    traces = {name: traced(models[name], scaling={-1: scales[name]}, causal=causal) for name in models}
+    traces = {
+        name: traced(models[name], scaling={-1: scales[name]}, window={-1: window}, causal=causal)
+        for name, window in zip(models, windows, strict=True)
+    }
     ours = objective.terms(traces["student"], traces["teacher"], {"segment_ids": torch.ones(batch, dtype=torch.long)})
     assert_same(ours["attention"], expected)
     learned = [models["student"][role, -1] for role in ("query", "key")]

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from distill import taps
 from distill.attention import IMPLEMENTATIONS, PREFIX, _running
 from distill.models import facts
+from distill.objectives.segments import Sight
 from distill.taps import ROLES, Tap, tap, trace
 from growth.errors import UserError
 
@@ -27,6 +28,8 @@ HEADS_TOGETHER = {  # where the heads' outputs, side by side, go into the output
     "electra": "attention.output.dense", "modernbert": "attn.Wo", "albert": "albert_layers.0.attention.dense",
     "gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "t5": "layer.0.SelfAttention.o",
 }  # fmt: skip
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2}
+SLIDING = ("qwen2", "qwen3", "qwen2_moe")  # not unless they are told to
 PADDED = ([[11], [7], [1]], 11)
 
 
@@ -57,28 +60,17 @@ def attend(model, layer, batch, seen):
         scores = scores + model.encoder.block[0].layer[0].SelfAttention.compute_bias(*scores.shape[-2:])
     if config.model_type == "gemma2":
         scores = config.attn_logit_softcapping * torch.tanh(scores / config.attn_logit_softcapping)
-    return (scores.masked_fill(~sees(config, layer, real), -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-def sees(config, layer, real):
-    place = torch.arange(real.shape[1])
-    back = place[:, None] - place[None, :]
-    allowed = real[:, None, None, :]
-    family = config.model_type
-    if tiny.head(family) == "causal":
-        allowed = allowed & (back >= 0)
-    if family == "modernbert" and config.layer_types[layer] == "sliding_attention":
-        allowed = allowed & (back.abs() <= config.local_attention // 2)
-    local = family.startswith("gemma") and config.layer_types[layer] == "sliding_attention"
-    if family in ("mistral", "mixtral", "phi3") or local:
-        allowed = allowed & (back < config.sliding_window)
-    return allowed
+    sight, everywhere = Sight(tiny.head(config.model_type) == "causal", seen.window[layer]), slice(0, real.shape[1])
+    unseen = sight.unseen(everywhere, everywhere, real.device)
+    hidden = ~real[:, None, None, :] if unseen is None else ~real[:, None, None, :] | unseen
+    return (scores.masked_fill(hidden, -1e9).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("layer", [1, 3])
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_attention_written_out_from_the_tapped_values_is_the_layers_own(family, attention, layer):
-    model, batch = tiny.model(family, attention=attention), tiny.batch(*PADDED, side="left")
+    model = tiny.model(family, attention=attention, **(WINDOW if family in SLIDING else {}))
+    batch = tiny.batch(*PADDED, side="left")
     (block, turn), together = taps.layers(model)[layer], []
     output = block.get_submodule(HEADS_TOGETHER.get(family, "self_attn.o_proj"))
     output.register_forward_pre_hook(lambda module, arguments: together.append(arguments[0]))

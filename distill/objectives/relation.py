@@ -24,8 +24,10 @@ INEXACT = {
     **dict.fromkeys(("mpnet", "layoutlmv2", "layoutlmv3"), "adds a learned relative position bias to query . key"),
     **dict.fromkeys(("deberta", "deberta-v2"), "adds its position terms to query . key"),
     **dict.fromkeys(("bloom", "mpt"), "adds a distance to query . key (ALiBi)"),
-    **dict.fromkeys(("gemma2", "gemma3n_text"), "caps its scores by a tanh"),
-    "gpt_oss": "gives a share of every row to a sink",
+    **dict.fromkeys(("gemma2", "gemma3n_text", "vaultgemma"), "caps its scores by a tanh"),
+    **dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "gives a share of rows to a sink"),
+    **dict.fromkeys(("phimoe", "doge"), "does not say how wide the window of its layers is"),
+    "llama4_text": "sees chunks of a row in most layers",
 }
 
 
@@ -35,7 +37,7 @@ class RelationKL(Value):
     v2 (Wang et al. 2020, arXiv 2012.15828): softmax(x y^T / sqrt(d)) for x, y among queries, keys and values, regrouped
     into `heads` relation heads of width d. v1 (Wang et al. 2020, arXiv 2002.10957): `attention`, the distribution of
     the models' own heads, and vv with as many relation heads. A token sees the tokens of its segment, in causal models
-    up to itself.
+    up to itself; `attention` is that within the window of both layers, the narrower one, where they have any.
     """
 
     target: str = Field(description="a teacher, by its name in targets")
@@ -129,17 +131,19 @@ class RelationKL(Value):
 
     def _term(self, relation: str, student, target, problems):
         from distill.objectives.relation_sum import relation_sum
+        from distill.objectives.segments import Sight
 
-        numbers = layers.number(self.teacher_layer), layers.number(self.student_layer)
-        sides = [_tapped(trace, layer, relation) for trace, layer in zip((target, student), numbers, strict=True)]
+        taught, learnt = layers.number(self.teacher_layer), layers.number(self.student_layer)
+        sides = _tapped(target, taught, relation), _tapped(student, learnt, relation)
         own = relation == "attention"
+        windows = [trace.window[layer] for trace, layer in ((target, taught), (student, learnt)) if own]
         return relation_sum(
             *sides,
             problems,
             heads=sides[1][0].shape[1] if own else self.heads_of(relation),
-            causal=student.causal,
+            sight=Sight(student.causal, min(filter(None, windows), default=None)),
             reduction=self.reduction,
-            scaling=(target.scaling[numbers[0]], student.scaling[numbers[1]]) if own else None,
+            scaling=(target.scaling[taught], student.scaling[learnt]) if own else None,
         )
 
 

@@ -6,6 +6,7 @@ either side and other documents of a packed row are never read and cost nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +15,47 @@ from torch import Tensor
 
 SIMILAR = 0.75  # sequences of a group are at least this share of its longest: at most 44 % of its scores are wasted
 SHORT = 16  # below this length a further group costs more in calls than it saves in arithmetic
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which tokens of its sequence a token sees."""
+
+    causal: bool = False  # those up to itself
+    window: int | None = None  # those nearer than this
+
+    def reach(self, length: int) -> tuple[int, int]:
+        """How many tokens before and behind itself a token sees at most."""
+        near = length if self.window is None else self.window - 1
+        return near, 0 if self.causal else near
+
+    def keys(self, rows: slice, length: int) -> slice:
+        """Those that any of these rows sees."""
+        before, behind = self.reach(length)
+        return slice(max(0, rows.start - before), min(length, rows.stop + behind))
+
+    def unseen(self, rows: slice, keys: slice, device: torch.device) -> Tensor | None:
+        """True where a row does not see a key [rows, keys]; None where every one sees all."""
+        if not self.causal and self.window is None:
+            return None
+        row, key = (torch.arange(s.start, s.stop, device=device) for s in (rows, keys))
+        ahead, far = key - row[:, None], math.inf if self.window is None else self.window
+        return (ahead <= -far) | (ahead >= (1 if self.causal else far))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A relation of two models: how their channels are divided, what is compared and what counts."""
+
+    heads: int
+    scales: tuple[float, float]  # factors on the scores of teacher and student
+    sight: Sight
+    reduction: str  # sample or token
+
+    def weight(self, lengths: Tensor) -> Tensor:
+        """What the KL of a row counts, by the length of its sequence, float64."""
+        lengths = lengths.double()  # a bool or int tensor divided would be float32
+        return 1 / (self.heads * (lengths if self.reduction == "sample" else lengths**0))
 
 
 @dataclass(frozen=True)

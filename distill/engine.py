@@ -94,6 +94,37 @@ class Adam(torch.optim.AdamW):
 
 
 class Engine:
+class Shared:
+    """A frozen module of which every rank keeps a share: ZeRO 3 without an optimizer. All ranks must call it alike.
+
+    Its weights are taken, cast and cut one after the other: mapped from a file, they never stand in memory together.
+    Outside its forward pass they are empty.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        world.start()
+        deepspeed, linear = _deepspeed(), nn.functional.linear
+        told = {
+            "train_batch_size": world.size(),  # asked for, though nothing is trained
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "steps_per_print": 10**9,
+        }
+        if dtype == torch.bfloat16:
+            told["bf16"] = {"enabled": True}
+        with torch.no_grad():
+            for part in reversed(list(module.modules())):  # a child before its parent, which would take it as well
+                for p in part.parameters(recurse=False):
+                    p.data = p.data.to(dtype)
+                for buffer in part.buffers(recurse=False):
+                    buffer.data = buffer.data.to(world.device())
+                deepspeed.zero.Init(module=part, config_dict_or_path=told, dtype=dtype)
+        self.engine, *_ = deepspeed.initialize(model=module, config=told, dist_init_required=False)
+        nn.functional.linear = linear  # what stage 3 puts there saves memory in backward alone, and rounds otherwise
+
+    def __call__(self, *args):
+        return self.engine(*args)
+
+
     """`module` under ZeRO. `engine(...)` runs it; then `backward` for each micro-batch, then one `step`.
 
     `phases` names the parameters that only some kinds of steps update.

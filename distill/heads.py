@@ -44,6 +44,11 @@ class Logits:
     def learns(self) -> bool:
         return any(x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
 
+    def frozen(self) -> Logits:
+        """To be read when the parameters it is made of are no longer there: a share of them may be all that is kept."""
+        weight, bias = (x if x is None else x.detach() for x in (self.weight, self.bias))
+        return replace(self, weight=weight, bias=bias)
+
     def at(self, rows: Tensor) -> Logits:
         """Some of the rows."""
         return replace(self, hidden=self.hidden[rows])

@@ -102,7 +102,7 @@ class StudentSpec(OneOf):
 class TargetSpec(OneOf):
     """Where teacher values come from: exactly one of from, ensemble, cache, ema."""
 
-    beside = ("combine",)
+    beside = ("combine", "placement")
 
     from_: str | None = Field(None, alias="from", description="a model or stage, frozen")
     ensemble: Annotated[Several[str], Field(min_length=2)] | None = Field(
@@ -112,6 +112,9 @@ class TargetSpec(OneOf):
     ema: Schedule | None = Field(None, description="the moving average of the student with this decay; ZeRO 0 to 2")
     combine: Literal["mean_prob", "mean_logprob"] | None = Field(
         None, description="of an ensemble: mean of probabilities (the default) or of log-probabilities"
+    )
+    placement: Literal["replicated", "zero3"] | None = Field(
+        None, description="zero3: every rank keeps a share of its weights; replicated (the default): all of them"
     )
 
     @model_validator(mode="before")
@@ -132,6 +135,17 @@ class TargetSpec(OneOf):
         if not 0 <= min(decays) <= max(decays) <= 1 or min(decays) == 1:
             raise ValueError("ema: a decay from 0, the student itself, to below 1, which would never move")
         return self
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> TargetSpec:
+        if self.placement and not self.models:
+            raise ValueError("placement: of from and ensemble; other values have no weights of their own to place")
+        return self
+
+    @property
+    def shared(self) -> bool:
+        """Whether every rank keeps a share of the weights."""
+        return self.placement == "zero3"
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -11,9 +11,11 @@ import copy
 import functools
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,6 +26,7 @@ from growth import checkpoint as reading
 from growth import files
 from growth.console import say
 from growth.errors import UserError
+from growth.ranges import torch_dtype
 
 HEADS = {"mlm": transformers.MODEL_FOR_MASKED_LM_MAPPING, "causal": transformers.MODEL_FOR_CAUSAL_LM_MAPPING}
 CLASSIFIERS = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -33,26 +36,38 @@ REAL = ("F64", "F32", "F16", "BF16")
 BUFFERS = re.compile(r"(position_ids|token_type_ids|inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 
 
-def load(path: Path, head: str | None = None, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> nn.Module:
+def load(
+    path: Path,
+    head: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    seed: int = 0,
+    first: dict[str, Any] | None = None,
+) -> nn.Module:
     """The model of a checkpoint directory, in eval mode; `head` is None (the base model), "mlm", "causal", "classify".
 
     A language-model head that the checkpoint lacks is made new from `seed`, and said so; anything else that is missing,
-    of another shape than the config asks for, not finite or unknown is an error.
+    of another shape than the config asks for, not finite or unknown is an error. `dtype`: None for the checkpoint's
+    own, in which weights are mapped from its file, not copied. `first`: config.json of its first layers, if no others
+    are to be read.
     """
-    checkpoint, config = reading.open(path), configuration(path)
+    checkpoint, whole = reading.open(path), configuration(path)
+    config = configuration(first, path) if first else whole
     if head is None and (own := own_head(config)):
-        return load(path, own, dtype).base_model
+        return load(path, own, dtype, first=first).base_model
     build = class_of(config, head)
     options = _options(build, checkpoint)
     expected = skeleton(build, config, options)
+    behind = _names(skeleton(build, whole, options)) - _names(expected) if first else set()
     _compare(path, checkpoint, expected)
-    checkpoint.check_values()
+    checkpoint.check_values(name for name in checkpoint if inside(name, expected) not in behind)
+    dtype = dtype or torch_dtype(Counter(entry.dtype for entry in checkpoint.values()).most_common(1)[0][0])
     with quiet(), seeded(seed):
         model, report = build.from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    _judge(path, checkpoint, model, report, known=_other_heads(config, model))
+    _judge(path, checkpoint, model, report, known=_other_heads(config, model) | behind)
     return model.eval()
 
 
@@ -154,11 +169,11 @@ def _judge(path: Path, checkpoint, model: nn.Module, report: dict, known: set[st
     strange = sorted(n for n in report["unexpected_keys"] if not BUFFERS.search(n) and inside(n, model) not in known)
     strange += [name for name, *_ in report["mismatched_keys"]]
     if missing and not _whole_head(missing, checkpoint, model):
-        raise UserError(f"{path} lacks {_names(missing)}")
+        raise UserError(f"{path} lacks {_listed(missing)}")
     if strange:
-        raise UserError(f"{path} has what its config.json has no place for: {_names(strange)}")
+        raise UserError(f"{path} has what its config.json has no place for: {_listed(strange)}")
     if missing:
-        say(f"{path} has no language-model head; these start at random: {_names(missing)}")
+        say(f"{path} has no language-model head; these start at random: {_listed(missing)}")
 
 
 def _whole_head(missing: list[str], checkpoint, model: nn.Module) -> bool:
@@ -169,14 +184,18 @@ def _whole_head(missing: list[str], checkpoint, model: nn.Module) -> bool:
     return not any(n in places and inside(n, model) == n for n in checkpoint)
 
 
-def _names(names: list[str]) -> str:
+def _names(model: nn.Module) -> set[str]:
+    return {inside(name, model) for name in model.state_dict()}
+
+
+def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _other_heads(config, model: nn.Module) -> set[str]:
     """What the class that config.json names has: another head than the one asked for is no mistake."""
     build = architecture(config)
-    return {inside(n, model) for n in skeleton(build, config, {}).state_dict()} if build else set()
+    return _names(skeleton(build, config, {})) if build else set()
 
 
 def architecture(config) -> type | None:

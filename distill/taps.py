@@ -45,14 +45,15 @@ class Trace:
 
 
 @contextmanager
-def tap(model: nn.Module, taps: Iterable[tuple[str, int]]) -> Iterator[Seen]:
+def tap(model: nn.Module, taps: Iterable[tuple[str, int]], layers: int | None = None) -> Iterator[Seen]:
     """Fill the mapping handed out with the tapped tensors of each forward pass of `model` inside the block.
 
-    query [B, Hq, T, d], key and value [B, Hkv, T, d], hidden and output [B, T, D]. Gradients flow through them. A
-    second forward pass replaces the tensors of the first.
+    query [B, Hq, T, d], key and value [B, Hkv, T, d], input, hidden and output [B, T, D]. Gradients flow through them.
+    A second forward pass replaces the tensors of the first. `layers`: of the whole model, where this one is only its
+    beginning; negative numbers count from there.
     """
     base, seen, asked = _base(model), Seen(), [Tap(*t) for t in taps]
-    listeners = _listeners(base, [t for t in asked if t != OUTPUT], seen)
+    listeners = _listeners(base, [t for t in asked if t != OUTPUT], seen, layers)
     with ExitStack() as undo:
         for (block, _), listener in listeners.items():
             _attach(block, listener, undo)
@@ -76,13 +77,14 @@ def trace(
     classify: bool = False,
 ) -> Trace:
     """One forward pass over a batch; `rows` are the flat positions b*T+t whose logits are wanted.
+    layers: int | None = None,
 
     Without rows the head does not run. With rows the model's own head runs on those positions alone, whatever it is
     made of (a transform, a tied decoder), up to its last linear layer; what follows (a scale, a cap) is found out.
-    `classify`: the logits wanted are those of the classes of the batch's rows.
+    `classify`: the logits wanted are those of the classes of the batch's rows. `layers` as in `tap`.
     """
     inputs, causal = layout.inputs(model, batch), loading.causal(model.config)
-    with tap(model, wanted) as seen:
+    with tap(model, wanted, layers) as seen:
         if classify:
             head = classifiers.logits(model, batch)
             return Trace(dict(seen), seen.scaling, causal, head, window=seen.window)
@@ -197,16 +199,18 @@ def _outside(model: nn.Module, tap: Tap) -> UserError:
     )
 
 
-def _listeners(base: nn.Module, taps: list[Tap], seen: Seen) -> dict[tuple[nn.Module, int | None], Listener]:
+def _listeners(base: nn.Module, taps: list[Tap], seen: Seen, whole: int | None) -> dict[tuple, Listener]:
     found, listeners = layers(base) if taps else [], {}
     for role, layer in taps:
         if role not in ROLES:
+    whole = whole or len(found)
             raise UserError(f"no tap {role!r}{did_you_mean(role, ROLES)}; there are {', '.join(ROLES)}")
-        if not -len(found) <= layer < len(found):
+        if not -whole <= layer < whole or layer % whole >= len(found):
             raise UserError(f"no layer {layer}: {type(base).__name__} has the layers 0 to {len(found) - 1}")
         if role in IN_ATTENTION and not interfaced(base):
             raise _outside(base, Tap(role, layer))
-        listener = listeners.setdefault(found[layer], Listener(seen, found[layer][1]))
+        place = found[layer % whole]
+        listener = listeners.setdefault(place, Listener(seen, place[1]))
         listener.asked.setdefault(role, []).append(layer)
     return listeners
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,9 @@ class Checkpoint(Mapping[str, Entry]):
         """By transformers, as a model of a class."""
         return kind.from_pretrained(self.path, local_files_only=True, **how)
 
-    def check_values(self) -> None:
-        """Refuse tensors with NaN or infinity, by name."""
-        refuse_not_finite(self)
+    def check_values(self, names: Iterable[str] | None = None) -> None:
+        """Refuse tensors with NaN or infinity, by name; `names`: of these alone."""
+        refuse_not_finite(self, names)
 
     def digest(self) -> str:
         """sha256 of what the model is: its config, and name, dtype, shape and bytes of every tensor in name order.
@@ -149,8 +149,8 @@ def _compare(file: Path, index: str, found: Mapping[str, Entry], where: Mapping[
         raise UserError(f"{file} lacks {lost}, which {index} places there")
 
 
-def refuse_not_finite(checkpoint) -> None:
-    wrong = [name for name in checkpoint if not _finite(checkpoint.tensor(name))]
+def refuse_not_finite(checkpoint, names: Iterable[str] | None = None) -> None:
+    wrong = [name for name in (checkpoint if names is None else names) if not _finite(checkpoint.tensor(name))]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"{checkpoint.path}: {wrong[0]}{more} not finite (NaN or infinity)")

@@ -9,19 +9,32 @@ from torch import nn
 
 from distill import classifiers, layout, loading, models, world
 from distill.corpus import Corpus, tokens
-from distill.teachers import vocabularies
+from distill.objectives.protocol import Needs
+from distill.teachers import depth, vocabularies
 from distill.teachers.alignment import Alignment
+from growth import files
 from growth.errors import UserError
 
 
-def frozen(reference: str, head: str | None, context, classes: Sequence[str] | None = None) -> nn.Module:
+def frozen(
+    reference: str,
+    head: str | None,
+    context,
+    classes: Sequence[str] | None = None,
+    needs: Sequence[Needs] = (),
+    shared: bool = False,
+) -> nn.Module:
     """A model or stage on this rank's device, with its head if an objective asks for its logits.
 
-    A head that classifies has these classes, in this order.
+    A head that classifies has these classes, in this order. `needs`: of objectives, whose deepest tap says how many
+    layers are loaded. `shared`: it is not on the device yet, but mapped from its file, in the precision that it has.
     """
-    path, dtype = context.model(reference), getattr(torch, context.dtype(reference))
-    model = classifiers.load(path, classes, dtype) if head == "classify" else models.load(path, head, dtype)
-    return models.freeze(model).to(world.device())
+    path, dtype = context.model(reference), None if shared else getattr(torch, context.dtype(reference))
+    if head == "classify":
+        model = classifiers.load(path, classes, dtype)
+    else:
+        model = models.load(path, head, dtype, first=depth.shortened(files.read_json(path / "config.json"), needs))
+    return models.freeze(model) if shared else models.freeze(model).to(world.device())
 
 
 def insist_on_pieces(model: nn.Module, reference: str, context, text: Corpus) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distill import models, views, world
+from distill import loading, models, views, world
+from distill.engine import Shared
 from distill.heads import Mixture
 from distill.objectives import scored
 from distill.objectives.protocol import Needs, Objective, View
@@ -34,26 +35,54 @@ class Source(Protocol):
         """What objectives want of these rows; no gradients are recorded."""
 
 
+class Reading(nn.Module):
+    """A frozen model as one module: what it hands over is made within one forward pass, whatever is called inside.
+
+    `layers`: of the whole model, where only its first ones are loaded.
+    """
+
+    def __init__(self, model: nn.Module, layers: int | None = None):
+        super().__init__()
+        self.model, self.layers = model, layers
+
+    def forward(self, batch: dict, needs: list[Needs]) -> Trace:
+        found = traced(self.model, batch, needs, "target", self.layers)
+        return replace(found, head=found.head.frozen()) if found.head else found
+
+
+Read = Callable[[dict, list[Needs]], Trace]  # a Reading, or the engine around one
+
+
 class Online(Source):
     """A frozen model; `vocabulary`: rows of its head that stand for pieces, those behind are padding."""
 
-    def __init__(self, model: nn.Module, vocabulary: int | None = None, alignment: Alignment | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        vocabulary: int | None = None,
+        alignment: Alignment | None = None,
+        read: Read | None = None,
+    ):
         self.models, self.vocabulary, self.alignment = (model,), vocabulary, alignment
+        self.read = read or Reading(model)
 
     def take(self, batch: dict, needs: list[Needs]) -> Trace:
         self.calls += 1
-        return _trimmed(traced(self.models[0], batch, needs, "target"), self.vocabulary)
+        return _trimmed(self.read(batch, needs), self.vocabulary)
 
 
 class Ensemble(Source):
     """Several frozen models as one distribution; there is no one model to be tapped."""
 
-    def __init__(self, models: Iterable[nn.Module], combine: str, vocabulary: int | None = None):
+    def __init__(
+        self, models: Iterable[nn.Module], combine: str, vocabulary: int | None = None, readers: Sequence[Read] = ()
+    ):
         self.models, self.combine, self.vocabulary = tuple(models), combine, vocabulary
+        self.readers = readers or [Reading(model) for model in self.models]
 
     def take(self, batch: dict, needs: list[Needs]) -> Trace:
         self.calls += len(self.models)
-        traces = [traced(model, batch, needs, "target") for model in self.models]
+        traces = [read(batch, needs) for read in self.readers]
         mixture = Mixture(tuple(one.head for one in traces), self.combine)
         return _trimmed(replace(traces[0], head=mixture), self.vocabulary)
 
@@ -96,17 +125,17 @@ class Average(Source):
             running[name].copy_(self.averages[name].copy_(average))
 
 
-def traced(model: nn.Module, batch: dict, needs: Iterable[Needs], side: str) -> Trace:
-    """What a model gives for what objectives need of this side, `student` or `target`."""
+def traced(model: nn.Module, batch: dict, needs: Iterable[Needs], side: str, layers: int | None = None) -> Trace:
+    """What a model gives for what objectives need of this side, `student` or `target`; `layers` as in `tap`."""
     needs = list(needs)
     wanted = sorted({tap for need in needs for tap in getattr(need, side)})
     heads = {need.head for need in needs if need.head and (side == "student" or need.target_head)}
     if "rank" in heads:
         return Trace({}, {}, causal=False, scores=scored_pairs(model, batch, needs))
     if "classify" in heads:
-        return trace(model, batch, wanted, classify=True)
+        return trace(model, batch, wanted, classify=True, layers=layers)
     rows = scored(batch["labels"], batch["segment_ids"], causal="causal" in heads)[0] if heads else None
-    return trace(model, batch, wanted, rows)
+    return trace(model, batch, wanted, rows, layers=layers)
 
 
 def _trimmed(found: Trace, vocabulary: int | None) -> Trace:
@@ -124,13 +153,23 @@ def opened(name: str, stage) -> Source:
     vocabulary = stage.corpus.facts.vocabulary if head in ("mlm", "causal") and not own else None
     if spec.ema:
         return Average(stage.student, spec.ema, getattr(torch, stage.context.recipe.engine.dtype), vocabulary)
-    members = [frozen(reference, head, stage.context, stage.classes) for reference in spec.models]
+    members = [frozen(r, head, stage.context, stage.classes, needs, spec.shared) for r in spec.models]
+    readers = [_reader(model, r, spec, stage.context) for model, r in zip(members, spec.models, strict=True)]
     if own:
-        return Online(members[0], alignment=alignment(spec.models[0], stage.context, stage.corpus))
+        aligned = alignment(spec.models[0], stage.context, stage.corpus)
+        return Online(members[0], alignment=aligned, read=readers[0])
     if vocabulary:
         for member, reference in zip(members, spec.models, strict=True):
             insist_on_pieces(member, reference, stage.context, stage.corpus)
-    return Ensemble(members, spec.combine, vocabulary) if spec.ensemble else Online(members[0], vocabulary)
+    if spec.ensemble:
+        return Ensemble(members, spec.combine, vocabulary, readers)
+    return Online(members[0], vocabulary, read=readers[0])
+
+
+def _reader(model: nn.Module, reference: str, spec, context) -> Read:
+    """Of a model, of which only the first layers may be loaded; `shared`: every rank keeps a share of its weights."""
+    reading = Reading(model, loading.configuration(context.model(reference)).num_hidden_layers)
+    return Shared(reading, getattr(torch, context.dtype(reference))) if spec.shared else reading
 
 
 class Targets:

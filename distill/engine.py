@@ -93,7 +93,6 @@ class Adam(torch.optim.AdamW):
             self.param_groups = whole
 
 
-class Engine:
 class Shared:
     """A frozen module of which every rank keeps a share: ZeRO 3 without an optimizer. All ranks must call it alike.
 
@@ -125,6 +124,7 @@ class Shared:
         return self.engine(*args)
 
 
+class Engine:
     """`module` under ZeRO. `engine(...)` runs it; then `backward` for each micro-batch, then one `step`.
 
     `phases` names the parameters that only some kinds of steps update.

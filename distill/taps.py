@@ -201,9 +201,9 @@ def _outside(model: nn.Module, tap: Tap) -> UserError:
 
 def _listeners(base: nn.Module, taps: list[Tap], seen: Seen, whole: int | None) -> dict[tuple, Listener]:
     found, listeners = layers(base) if taps else [], {}
+    whole = whole or len(found)
     for role, layer in taps:
         if role not in ROLES:
-    whole = whole or len(found)
             raise UserError(f"no tap {role!r}{did_you_mean(role, ROLES)}; there are {', '.join(ROLES)}")
         if not -whole <= layer < whole or layer % whole >= len(found):
             raise UserError(f"no layer {layer}: {type(base).__name__} has the layers 0 to {len(found) - 1}")

@@ -16,7 +16,7 @@ import torch
 from torch.testing import assert_close
 
 from distill import corpus, evaluate
-from distill.evaluate import RESULT, bench, role
+from distill.evaluate import RESULT, bench, role, sts
 from distill.evaluate.agreement import agreement, cosines, spearman
 from distill.evaluate.encode import encode
 from distill.evaluate.probe import correct, fit
@@ -215,8 +215,42 @@ def test_sts_is_the_rank_correlation_with_the_file(place, tmp_path):
     gold = sorted(range(12), key=lambda i: cosine[i])
     pairs = [{"text_a": texts[i], "text_b": texts[i + 12], "score": place} for place, i in enumerate(gold)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    on = [{"sts": {"path": str(tmp_path / "pairs.jsonl")}}]
+    on = [{"sts": {"source": str(tmp_path / "pairs.jsonl")}}]
     assert value(measure(place, on, {"one": "one"}, tmp_path)["one"], "sts") == pytest.approx(1)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of two data sets: one that is there, and one that cannot be reached."""
+    import datasets
+
+    rows = [{"sentence1": text, "sentence2": f"{text} so", "label": n} for n, text in enumerate(texts_of("beta", 8))]
+
+    def load(name, configuration, split):
+        if name == "away/pairs":
+            raise ConnectionError("Couldn't reach 'away/pairs' on the Hub")
+        assert (name, configuration) == ("here/pairs", "small")
+        if split != "validation":
+            raise ValueError(f"Unknown split {split!r}")
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+def test_pairs_of_a_data_set_are_those_of_a_file(hub):
+    pairs = sts.read("here/pairs:small", "validation")
+    assert [score for *_, score in pairs] == list(range(8)) and pairs[0][1] == f"{pairs[0][0]} so"
+    with pytest.raises(UserError, match="data set here/pairs:small: Unknown split 'dev'"):
+        sts.read("here/pairs:small", "dev")
+
+
+def test_an_optional_data_set_that_is_not_at_hand_leaves_its_column_empty(place, tmp_path, hub):
+    on = [{"sts": {"source": "away/pairs", "optional": True}}]
+    assert not measure(place, on, {"one": "one"}, tmp_path)["one"]["metrics"]
+    said = json.loads((tmp_path / RESULT).read_text())["metrics"]["sts"]["note"]
+    assert said.startswith("not measured: away/pairs is not at hand")
+    with pytest.raises(UserError, match="away/pairs is not here and cannot be downloaded; a jsonl"):
+        measure(place, [{"sts": {"source": "away/pairs"}}], {"one": "one"}, tmp_path)
 
 
 def test_checkpoints_of_one_architecture_share_a_speed(place, tmp_path):
@@ -313,8 +347,8 @@ def test_roles_come_from_labels_and_references(label, reference, found):
         (["probe"], {"one": "one"}, "plain", "fewer than 2 parts"),
         (["agreement"], {"one": "one"}, "texts", "call a row `teacher`"),
         (["kl"], {"teacher": "bare"}, "texts", "no language-model head"),
-        (["sts"], {"one": "one"}, "texts", "needs a jsonl file"),
-        ([{"sts": {"path": "nowhere.jsonl"}}], {"one": "one"}, "texts", "nowhere.jsonl does not exist"),
+        (["sts"], {"one": "one"}, "texts", "needs a jsonl of"),
+        ([{"sts": {"source": "nowhere.jsonl"}}], {"one": "one"}, "texts", "nowhere.jsonl does not exist"),
         (["prob"], {"one": "one"}, "texts", "did you mean 'probe'"),
         ([{"probe": {"fold": 3}}], {"one": "one"}, "texts", "did you mean 'folds'"),
     ],
@@ -331,7 +365,7 @@ def test_a_broken_pair_is_named_with_its_line(place, tmp_path, line):
     good = json.dumps({"text_a": "x", "text_b": "y", "score": 1})
     (tmp_path / "pairs.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(UserError, match=r"pairs\.jsonl:2"):
-        measure(place, [{"sts": {"path": str(tmp_path / "pairs.jsonl")}}], {"one": "one"}, tmp_path)
+        measure(place, [{"sts": {"source": str(tmp_path / "pairs.jsonl")}}], {"one": "one"}, tmp_path)
 
 
 def test_recipes_know_every_metric():

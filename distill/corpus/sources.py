@@ -35,7 +35,7 @@ def _several(spec) -> Iterator[Document]:
 def _single(spec) -> Iterator[Document]:
     if spec.source in EMBEDDED:
         found = iter(_embedded(spec.source))
-    elif _is_path(spec.source):
+    elif is_path(spec.source):
         found = local.documents(Path(spec.source).expanduser(), spec.field, _column(spec))
     else:
         found = _hub(spec)
@@ -85,7 +85,7 @@ def identity(spec) -> dict[str, Any]:
         return {name: identity(part) for name, part in parts.items()}
     if spec.source in EMBEDDED:
         return {"python": sys.version}
-    if not _is_path(spec.source):
+    if not is_path(spec.source):
         return {}
     root = Path(spec.source).expanduser()
     facts = ((str(file.relative_to(root)), file.stat()) for file in local.files(root))
@@ -111,7 +111,7 @@ def _limited(found: Iterator[Document], spec) -> Iterator[Document]:
     return (every[i * len(every) // kept] for i in range(kept))
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """What exists here, or cannot be a name on the hub."""
     path = Path(source).expanduser()
     looks_like_one = source.startswith((".", "/", "~")) or local.kind(path) in local.READERS or source.count("/") > 1
@@ -129,7 +129,7 @@ def _hub(spec) -> Iterator[Document]:
     try:
         yield from _hub_rows(spec, name, configuration or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"data set {spec.source}: {_first_line(error)}") from error
+        raise UserError(f"data set {spec.source}: {first_line(error)}") from error
 
 
 def _hub_rows(spec, name: str, configuration: str | None) -> Iterator[Document]:
@@ -147,5 +147,5 @@ def _hub_rows(spec, name: str, configuration: str | None) -> Iterator[Document]:
         yield local.from_record(row, spec.field, split, f"{spec.source}: row {number}", column)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Sentence similarity against people's judgement: a jsonl file of {"text_a", "text_b", "score"}, such as STS-B.
+"""Sentence similarity against people's judgement: pairs of texts with scores, such as STS-B, from a file or the hub.
 
 Cer et al. 2017 (arXiv 1708.00055): Spearman correlation between cosine similarity and gold score.
 """
@@ -8,21 +8,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from distill.corpus import sources
 from distill.evaluate.agreement import spearman
 from distill.evaluate.score import Score
 from growth.errors import UserError
 from growth.files import parse_json
 
-KEYS = ("text_a", "text_b", "score")
+COLUMNS = (("text_a", "sentence1"), ("text_b", "sentence2"), ("score", "label"))  # of each, the first that is there
+PAIRS = "jsonl of text_a, text_b, score (or sentence1, sentence2)"
+
+Pairs = tuple[tuple[str, str, float], ...]
+Records = list[tuple[Any, str]]  # with where they stand
 
 
 @dataclass(frozen=True)
 class Sts:
-    """Spearman correlation of cosine similarities with gold scores; `path`: jsonl of text_a, text_b, score."""
+    """Spearman correlation of cosine similarities with gold scores.
 
-    path: str = ""
+    `source`: jsonl of text_a, text_b, score, or a data set of the hub. `optional`: where such a data set is neither
+    here nor can be downloaded, the column stays empty and says so.
+    """
+
+    source: str = ""
+    split: str = "validation"  # of a data set
+    optional: bool = False
 
     title = "STS"
     better = "high"
@@ -30,36 +43,72 @@ class Sts:
     quality = True
 
     def note(self, bench) -> str:
-        return f"rank correlation (Spearman) of cosine similarities with the scores of {Path(self.path).name}"
+        pairs = read(self.source, self.split)
+        if pairs is None:
+            return f"not measured: {self.source} is not at hand; `source` takes a {PAIRS} as well"
+        where = Path(self.source).name if sources.is_path(self.source) else f"{self.source}, {self.split}"
+        return f"rank correlation (Spearman) of cosine similarities with {len(pairs):,} scores of {where}"
 
     def check(self, bench) -> None:
-        if not self.path:
-            raise UserError(f"sts needs a jsonl file of {', '.join(KEYS)}: `on: [{{sts: {{path: pairs.jsonl}}}}]`")
-        read(Path(self.path))
+        if not self.source:
+            raise UserError(f"sts needs a {PAIRS}, or a data set: `on: [{{sts: {{source: pairs.jsonl}}}}]`")
+        if read(self.source, self.split) is None and not self.optional:
+            raise UserError(f"sts: {self.source} is not here and cannot be downloaded; a {PAIRS} does as well")
 
-    def measure(self, subjects: Sequence, bench) -> Iterator[Score]:
-        import torch
+    def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]:
+        pairs = read(self.source, self.split)
+        if pairs is None:
+            yield from (None for _ in subjects)
+        else:
+            one, other, gold = zip(*pairs, strict=True)
+            for subject in subjects:
+                yield _correlation(subject.embed([*one, *other]), gold)
 
-        one, other, gold = zip(*read(Path(self.path)), strict=True)
-        for subject in subjects:
-            both = torch.nn.functional.normalize(subject.embed([*one, *other]).double())
-            cosine = (both[: len(one)] * both[len(one) :]).sum(1)
-            value = spearman(cosine.numpy(), gold)
-            yield Score(value, math.sqrt((1 + value**2 / 2) / (len(gold) - 3)) * (1 - value**2))
+
+def _correlation(embeddings, gold: Sequence[float]) -> Score:
+    """Of the cosines of [2 N, D], the first N with the others; Bonett and Wright's (2000) standard error."""
+    import torch
+
+    one, other = torch.nn.functional.normalize(embeddings.double()).chunk(2)
+    value = spearman((one * other).sum(1).numpy(), gold)
+    return Score(value, math.sqrt((1 + value**2 / 2) / (len(gold) - 3)) * (1 - value**2))
 
 
-def read(path: Path) -> list[tuple[str, str, float]]:
-    """The pairs, or what is wrong with the file and where."""
-    if not path.is_file():
-        raise UserError(f"sts: {path} does not exist")
-    lines = path.read_bytes().split(b"\n")  # not splitlines: U+2028 may stand inside a text
-    pairs = [_pair(parse_json(line, f"{path}:{n}"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+@cache
+def read(source: str, split: str) -> Pairs | None:
+    """The pairs, or what is wrong with them and where; None for a data set that cannot be had now."""
+    records = _of_file(Path(source).expanduser()) if sources.is_path(source) else _of_hub(source, split)
+    if records is None:
+        return None
+    pairs = tuple(_pair(record, where) for record, where in records)
     if len(pairs) < 4:
-        raise UserError(f"sts: {path} has {len(pairs)} pairs; a correlation needs more")
+        raise UserError(f"sts: {source} has {len(pairs)} pairs; a correlation needs more")
     return pairs
 
 
-def _pair(record, where: str) -> tuple[str, str, float]:
-    if not isinstance(record, dict) or set(KEYS) - set(record):
-        raise UserError(f"{where}: expected an object with {', '.join(KEYS)}")
-    return str(record["text_a"]), str(record["text_b"]), float(record["score"])
+def _of_file(path: Path) -> Records:
+    if not path.is_file():
+        raise UserError(f"sts: {path} does not exist")
+    lines = path.read_bytes().split(b"\n")  # not splitlines: U+2028 may stand inside a text
+    return [(parse_json(line, f"{path}:{n}"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _of_hub(source: str, split: str) -> Records | None:
+    import datasets
+
+    name, _, configuration = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split)
+    except ConnectionError:
+        return None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"data set {source}: {sources.first_line(error)}") from error
+    return [(row, f"{source}: row {n}") for n, row in enumerate(rows)]
+
+
+def _pair(record: Any, where: str) -> tuple[str, str, float]:
+    found = [next((name for name in names if isinstance(record, dict) and name in record), None) for names in COLUMNS]
+    if None in found:
+        raise UserError(f"{where}: expected an object with {' and '.join(' or '.join(names) for names in COLUMNS)}")
+    one, other, score = (record[name] for name in found)
+    return str(one), str(other), float(score)

@@ -9,7 +9,7 @@ from distill.ranking.significance import LEVEL, ROUNDS
 from distill.report import savings
 from growth import console
 
-KEPT = ("probe", "ndcg")  # metrics of which a student keeps a share of its teacher's
+KEPT = ("probe", "sts", "ndcg")  # metrics of which a student keeps a share of its teacher's
 SPEEDS = ("speed", "pair_speed")
 DOUBT = 0.05  # a larger p is not called significant
 

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import torch
 
 from distill import models
+from distill.cost import forward, work
 from distill.engine import Engine
 from distill.lesson import Lesson
 from distill.lowrank import counting, students
@@ -51,8 +52,7 @@ def spec(given) -> LowRankSpec:
 def predicted(given, arm: str) -> dict:
     """From the config."""
     facts = counting.facts(config(given), spec(given) if arm == "sltrain" else None)
-    numbers, tokens = facts.parameters, given.rows * LENGTH
-    flops = 6 * (facts.body + facts.head) * tokens + facts.rebuilt
+    numbers, flops = facts.parameters, 3 * forward(work(facts, head=True), ((given.rows, LENGTH),)) + facts.rebuilt
     return {"numbers": numbers, "moments": 8 * numbers, "gradients": 4 * numbers, "flops": flops}
 
 

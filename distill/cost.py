@@ -1,20 +1,21 @@
-"""What training costs, in FLOPs: one formula for forecasts, logs and the stop of a twin. No torch.
+"""What training costs, in FLOPs: one formula for forecasts, logs, reports and the stop of a twin. No torch.
 
-6 N D (Kaplan et al. 2020, arXiv 2001.08361): a forward pass multiplies a token with every parameter that takes part
-(2 FLOPs each), the backward pass costs twice that. N leaves out tables that are only looked up, and a head that no
-objective runs; D is every place of every row, padding too. The square of the length is left out. What is frozen is
-counted as if it were not, since gradients pass through most of it.
+That of `growth.accounting`, of whatever model: a forward pass multiplies every token of a row with every matrix that
+takes part (2 FLOPs a weight), and attention compares it with every other one; the backward pass costs twice that.
+Tables that are only looked up and a head that no objective runs are left out; padding counts. What is frozen is counted
+as if it were not, since gradients pass through most of it. What checkpointing computes again is not counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from distill import hooks, views
 from distill.hooks import Part
+from growth.accounting import Work
 
 if TYPE_CHECKING:
     from distill.kinds import Stage, TrainSpec
@@ -24,10 +25,17 @@ if TYPE_CHECKING:
 
 LANGUAGE = ("mlm", "causal")  # heads that multiply every token; one that classifies runs once a row
 
+Texts = tuple[tuple[int, int], ...]  # (how many, of so many tokens each)
 
-def working(facts: Facts, head: bool) -> int:
-    """N: parameters that a token is multiplied with."""
-    return facts.body + (facts.head if head else 0)
+
+def work(facts: Facts, head: bool) -> Work:
+    """What a token meets in a model."""
+    return Work(facts.body, facts.attention * len(facts.blocks), facts.head if head else 0)
+
+
+def forward(work: Work, texts: Texts) -> int:
+    """FLOPs of a forward pass over these."""
+    return sum(number * work.forward(length).total for number, length in texts)
 
 
 @dataclass(frozen=True)
@@ -38,19 +46,29 @@ class Cost:
     head: bool  # whether an objective runs the student's head
     teachers: Mapping[str, tuple[Facts, ...]]  # the models that run for each target
     headed: frozenset[str]  # the targets whose heads run as well
-    tokens: int  # places of one step that the student reads: rows x length
+    texts: Texts  # that the student reads in a step, as long as they may be
     parts: tuple[Part, ...] = ()  # what of the student may take part, each as often; (): all of it
     passes: Mapping[str | None, int] = field(default_factory=lambda: {None: 1})  # of the student (None) and each target
-    taught: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # places that teachers read, where others
+    taught: Mapping[str, tuple[Texts, ...]] = field(default_factory=dict)  # what teachers read, where it is different
     runs: int = 1  # micro-batches of a step, on all ranks
 
+    @property
+    def tokens(self) -> int:
+        """Places of one step that the student reads."""
+        return sum(number * length for number, length in self.texts)
+
     def step(self, part: Part | None = None) -> int:
-        """FLOPs of the student: 2 N forward and 4 N backward, each for what ran."""
-        n = working(self.student, self.head)
-        run = n - sum(self.student.blocks[part.depth :]) if part else n
-        learning = run - sum(self.student.blocks[: part.first]) if part else run
-        again = 6 * (self.passes[None] - 1) * self.student.body
-        return (2 * run + 4 * learning + again) * self.tokens + self.student.rebuilt * self.runs * self.passes[None]
+        """FLOPs of the student: forward through what runs, and twice that back through what learns."""
+        part = part or Part(len(self.student.blocks))
+        ran, learned = (forward(self._through(first, part.depth), self.texts) for first in (0, part.first))
+        again = 3 * (self.passes[None] - 1) * forward(work(self.student, head=False), self.texts)
+        return ran + 2 * learned + again + self.student.rebuilt * self.runs * self.passes[None]
+
+    def _through(self, first: int, depth: int) -> Work:
+        """Work of the student without the blocks below `first` and from `depth` on."""
+        whole, blocks = work(self.student, self.head), self.student.blocks
+        weights = whole.weights - sum(blocks[:first] + blocks[depth:])
+        return replace(whole, weights=weights, width=self.student.attention * (depth - first))
 
     @property
     def mean(self) -> float:
@@ -62,13 +80,14 @@ class Cost:
         """FLOPs of the forward passes of these."""
         return sum(self._teaching(name, *each) for name in targets for each in self._readers(name))
 
-    def _readers(self, name: str) -> Iterable[tuple[Facts, int]]:
-        """(facts, places of a step) of the models of a target."""
+    def _readers(self, name: str) -> Iterator[tuple[Facts, Texts]]:
+        """The models of a target, and what each reads in a step."""
         several = self.teachers[name]
-        return zip(several, self.taught.get(name, (self.tokens,) * len(several)), strict=True)
+        return zip(several, self.taught.get(name, (self.texts,) * len(several)), strict=True)
 
-    def _teaching(self, name: str, facts: Facts, places: int) -> int:
-        return 2 * (working(facts, name in self.headed) + (self.passes[name] - 1) * facts.body) * places
+    def _teaching(self, name: str, facts: Facts, texts: Texts) -> int:
+        again = (self.passes[name] - 1) * forward(work(facts, head=False), texts)
+        return forward(work(facts, name in self.headed), texts) + again
 
 
 def cost_of(
@@ -81,7 +100,7 @@ def cost_of(
         head=any(objective.needs().head in LANGUAGE for objective in objectives),
         teachers=teachers,
         headed=frozenset(o.target for o in objectives if o.needs().target_head and o.needs().head in LANGUAGE),
-        tokens=spec.optim.batch * length,
+        texts=((spec.optim.batch, length),),
         passes=views.passes(dict(enumerate(objectives))),
         parts=hooks.parts(spec.hook_values()),
         runs=runs,

@@ -14,7 +14,7 @@ import click
 
 from distill import stages
 from distill.context import Context
-from distill.cost import Cost, as_much_as, steps_for, working
+from distill.cost import Cost, as_much_as, forward, steps_for, work
 from distill.evaluate.machine import matmul_speed
 from distill.kinds import Stage
 from distill.preflight import Planned, check
@@ -32,10 +32,11 @@ ACTIVATIONS = (
 BYTES_A_TOKEN = 4  # of English text, in a vocabulary of 30 thousand pieces
 STDLIB_BYTES = 1_400_000  # prose of CPython 3.10 to 3.13, about
 NOTES = (
-    "forecast, not measured. FLOPs = 6 N D of the student (of a sub-model 2 N D forward, 4 N D for what it updates),",
-    "2 N D of teachers; N = parameters, the table of tokens only where a head reads it; D = tokens (of rankers as many",
-    "as their texts may have); the square of the length is left out. Before: what the stages cost that a student was",
-    "made from. Trainable is at most what is shown: what no loss reaches is found at the first batch and frozen.",
+    "forecast, not measured. FLOPs of a row of T tokens = 6 N T + 12 A T T of the student (a third of it forward, two",
+    "thirds back through what is updated), 2 N T + 4 A T T of teachers; N = weights of matrices, the table of tokens only",
+    "where a head reads it; A = channels of attention, over all layers; T of rankers: as long as texts may be. Before:",
+    "what the stages cost that a student was made from. Trainable is at most what is shown: what no loss reaches is found",
+    "at the first batch and frozen.",
     f"Memory is that of one rank, activations {ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in",
     "fp32), losses and libraries not counted.",
 )
@@ -116,12 +117,14 @@ def _reading(stage: Stage, readers: list[str], planned: Planned) -> tuple[float 
     """(tokens, whether counted, FLOPs) of what the models of a data stage read."""
     if stage.data.reads == "text":
         tokens, exact = corpus_tokens(planned, stage.data.from_)
-        each = sum(2 * working(planned.facts(reference), head=True) for reference in readers)
-        return tokens, exact, _times(tokens, each) if each else 0
-    read = amounts.places(stage, planned)
+        length = planned.recipe.text(stage.data.from_).length
+        row = sum(forward(work(planned.facts(reference), head=True), ((1, length),)) for reference in readers)
+        return tokens, exact, _times(tokens, row / length) if row else 0
+    read = amounts.texts(stage, planned)
     if None in read:
         return None, False, None
-    return sum(read), not read, sum(2 * planned.facts(r).body * n for r, n in zip(readers, read, strict=True))
+    flops = (forward(work(planned.facts(r), head=False), texts) for r, texts in zip(readers, read, strict=True))
+    return sum(number * length for texts in read for number, length in texts), not read, sum(flops)
 
 
 def _shape(facts) -> str:

@@ -50,12 +50,17 @@ class Facts:
     causal: bool
     positions: int | None  # tokens that a row may have; None where positions are computed, without a table
     parameters: int  # of the class that config.json names; tied ones count once
-    blocks: tuple[int, ...]  # parameters that a token is multiplied with: of each block,
-    body: int  # of the base model without the table of tokens, which is only looked up,
+    blocks: tuple[int, ...]  # weights that a token is multiplied with: of each block,
+    body: int  # of the base model, without tables that are only looked up,
     head: int  # of the language-model head with a table it shares; 0 where there is none
     kind: str | None = None  # of the head that it has: mlm, causal or classify
     kinds: tuple[str, ...] = ()  # of the heads that it could have
     rebuilt: int = 0  # FLOPs of a forward and backward pass that no token asks for: matrices built from factors
+
+    @property
+    def attention(self) -> int:
+        """Channels over which each block compares tokens."""
+        return self.widths.get("query", self.widths["hidden"])
 
 
 def facts(source) -> Facts:
@@ -68,8 +73,8 @@ def facts(source) -> Facts:
     base.config._experts_implementation = "batched_mm"  # the one that asks for no values
     whole = loading.architecture(config)
     body, head = _multiplied(config, base)
-    roles, mask = (taps.ROLES, (1, 1, 2, 2)) if taps.interfaced(base) else (("hidden",), (1, 2))
-    with torch.no_grad(), taps.tap(base, [(role, -1) for role in roles]) as seen:
+    roles, mask = (taps.IN_ATTENTION, (1, 1, 2, 2)) if taps.interfaced(base) else ((), (1, 2))
+    with torch.no_grad(), taps.tap(base, [(role, -1) for role in (*roles, "hidden")]) as seen:
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
         base(ids, attention_mask=torch.zeros(mask, device="meta"))  # the interface takes a 4-D mask and reads no value
     shapes = {role: tuple(value.shape) for (role, _), value in seen.items()}
@@ -98,20 +103,18 @@ def _multiplied(config, base: nn.Module) -> tuple[int, int]:
     body, table = model.base_model, model.get_input_embeddings().weight
     tied = model is not base and model.get_output_embeddings().weight is table
     again = [block for block, turn in taps.layers(body) if turn]  # ALBERT's
-    taking_part = sum(_taking_part(module, config) for module in (body, *again))
-    return taking_part - table.numel(), _taking_part(model, config) - _taking_part(body, config) + (
-        table.numel() if tied else 0
-    )
+    head = _taking_part(model, config) - _taking_part(body, config) + (table.numel() if tied else 0)
+    return sum(_taking_part(module, config) for module in (body, *again)), head
 
 
 def _taking_part(module: nn.Module, config) -> int:
-    """Parameters, of a layer's experts as many as a token is sent to; in memory they are one tensor with three axes."""
+    """Weights of matrices, of a layer's experts as many as a token is sent to; in memory they have three axes."""
     family = FAMILIES.get(config.model_type)
-    experts = family.sizes_of(config.to_dict()).get("experts") if family else None
-    if not experts:
-        return _size(module)
-    return sum(p.numel() * config.num_experts_per_tok // experts if p.dim() == 3 else p.numel()
-               for p in module.parameters())  # fmt: skip
+    experts = (family.sizes_of(config.to_dict()).get("experts") if family else None) or 1
+    used = config.num_experts_per_tok if experts > 1 else 1
+    tables = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+    matrices = [p for p in module.parameters() if p.dim() > 1 and p not in tables]
+    return sum(p.numel() * used // experts if p.dim() == 3 else p.numel() for p in matrices)
 
 
 def _size(module: nn.Module) -> int:

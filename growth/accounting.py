@@ -1,15 +1,16 @@
-"""What sparse training would cost if dead weights cost nothing: modelled FLOPs, never seconds. No torch.
+"""What a model costs in FLOPs, and what a sparse one would if dead weights cost nothing; never seconds. No torch.
 
 SPDF (Thangarasa et al. 2023, arXiv 2303.10464) counts a sequence of T tokens, forward and backward, as
 6 T (density * 12 L d^2 + V d) + 12 L T^2 d: matrices of blocks, the head over the vocabulary, and attention between all
-pairs of tokens. Here the same is read off a family's table. Biases, norms, routers and smaller heads are left out.
+pairs of tokens, of which those that a mask hides are counted too. Here the same is read off a family's table. Biases,
+norms, routers and smaller heads are left out. Training (`distill.cost`) counts by the same formula.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -43,11 +44,13 @@ class Work:
     width: int  # of attention, over all layers
     vocabulary: int  # weights of the head over the vocabulary
 
-    def flops(self, length: int, density: float = 1.0) -> Flops:
-        """Modelled, of one sequence, forward and backward."""
-        return Flops(
-            6.0 * length * self.weights * density, 12.0 * length**2 * self.width, 6.0 * length * self.vocabulary
-        )
+    def forward(self, length: int, density: float = 1) -> Flops:
+        """Modelled, of one sequence: two for each weight and token, and four for each channel and pair of tokens."""
+        return Flops(2 * length * self.weights * density, 4 * length**2 * self.width, 2 * length * self.vocabulary)
+
+    def flops(self, length: int, density: float = 1) -> Flops:
+        """The same with the backward pass, which costs twice as much."""
+        return Flops(*(3 * part for part in astuple(self.forward(length, density))))
 
 
 def work_of(config: Mapping[str, Any]) -> Work:

@@ -188,7 +188,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tiny):
     assert sorted(tiny.rglob("*")) == before
     costs = [line.split() for line in done.stdout.splitlines() if line.startswith("student  bert")]
     assert [cost[1:4] for cost in costs] == [["bert", "1", "x"]]
-    assert "forecast" in done.stdout and "6 N D" in done.stdout and "2 N D" in done.stdout
+    assert "forecast" in done.stdout and "6 N T + 12 A T T" in done.stdout and "2 N T + 4 A T T" in done.stdout
 
 
 def test_flops_are_six_n_d_and_two_n_d_and_sharding_divides_what_its_stage_says(tiny, monkeypatch):

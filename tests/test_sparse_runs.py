@@ -109,7 +109,7 @@ def test_gradual_pruning_follows_its_plan_and_never_brings_a_weight_back(place):
 
 def test_what_is_modelled_is_told_apart_from_what_is_executed(place):
     bert = models.facts(place / "m")
-    step = Cost(bert, True, {}, frozenset(), 4 * 32).step()
+    step = Cost(bert, True, {}, frozenset(), ((4, 32),)).step()
     masked = sum(mask.numel() for mask in alive(place / "whole/kept/model").values())
     assert {entry["step_flops_modelled"] for entry in log(place, "whole/kept")} == {step - 6 * 128 * masked // 2}
     listening = [entry["step_flops_modelled"] - (step - 6 * 128 * masked // 2) for entry in log(place, "whole/moved")]

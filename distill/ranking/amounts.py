@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from distill.ranking.costs import JOINED
+from distill.cost import Texts
+from distill.ranking import costs
 from distill.ranking.kinds import RankerKind
 from distill.ranking.prepared import GROUPS, MANIFEST
 from distill.refine.mine import Mine
@@ -16,12 +17,13 @@ class Amount(NamedTuple):
     passages: int
     pairs: int  # 0 where there are no groups
 
-    def places(self, kind: RankerKind) -> int:
-        """Of a ranker's encoder, of texts as long as they may be; without pairs each text is read by itself."""
+    def texts(self, kind: RankerKind) -> Texts:
+        """What a ranker's encoder reads, as long as it may be; without pairs each text is read by itself."""
+        passages = min(self.passages, self.pairs or self.passages)
+        if self.pairs or not isinstance(kind, costs.JOINED):
+            return costs.texts(kind, self.queries, passages, self.pairs)
         query, passage = kind.lengths
-        if self.pairs and isinstance(kind, JOINED):
-            return self.pairs * (query + passage)
-        return self.queries * query + min(self.passages, self.pairs or self.passages) * passage
+        return (self.queries, query), (passages, passage)
 
 
 def amount(name: str, planned) -> Amount | None:
@@ -46,8 +48,8 @@ def _pairs(name: str, planned, about: dict) -> int:
     return about["answers"] * (1 + op.depth - op.skip) if isinstance(op, Mine) else _pairs(data.from_, planned, about)
 
 
-def places(stage, planned) -> list[int | None]:
+def texts(stage, planned) -> list[Texts | None]:
     """What each ranker of a data stage reads."""
     found = amount(stage.data.from_, planned)
     readers = [reference for _, op in stage.data.operations() for reference in op.readers]
-    return [found and found.places(planned.ranker(reference)) for reference in readers]
+    return [found and found.texts(planned.ranker(reference)) for reference in readers]

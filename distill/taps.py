@@ -23,7 +23,8 @@ from distill.heads import Logits, Mixture
 from distill.objectives.crossing import Scores
 from growth.errors import UserError, did_you_mean
 
-ROLES = (*IN_ATTENTION, "hidden")
+ROLES = (*IN_ATTENTION, "input", "hidden")
+EMBEDDINGS = Tap("input", 0)  # what the first block is given
 OUTPUT = Tap("output", -1)  # what the base model hands on: the last hidden states, after a norm behind the blocks
 
 
@@ -222,6 +223,11 @@ def _attach(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
         replace = _replaying if _recomputed(block) else _listening
         replace(block, listener, undo)
     if "hidden" in listener.asked:
+    if "input" in listener.asked:
+        hook = block.register_forward_pre_hook(
+            lambda module, arguments, named: listener.record("input", _given(arguments, named)), with_kwargs=True
+        )
+        undo.callback(hook.remove)
         hook = block.register_forward_hook(lambda module, arguments, output: listener.record("hidden", _first(output)))
         undo.callback(hook.remove)
 
@@ -232,6 +238,10 @@ def _recomputed(block: nn.Module) -> bool:
 
 
 def _first(output):
+def _given(arguments: tuple, named: dict) -> Tensor:
+    return arguments[0] if arguments else named["hidden_states"]
+
+
     return output[0] if isinstance(output, tuple) else output
 
 

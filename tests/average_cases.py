@@ -27,7 +27,7 @@ def parts(precision: str = "fp32", decay: Schedule | None = None):
     """Masked tokens of one view, hidden states of the other; the teacher is the student's average, or another model."""
     objectives = {
         "ce": OBJECTIVES["ce"](objective="mlm"),
-        "hidden_mse": OBJECTIVES["hidden_mse"](target="t", reduction="mean"),
+        "hidden": OBJECTIVES["hidden"](target="t", position="first", view="plain"),
         "divergence": OBJECTIVES["divergence"](target="t", objective="mlm"),
     }
     student = tiny.model("bert", head="mlm", seed=1)
@@ -122,7 +122,7 @@ def itself(precision: str) -> list[float]:
     run = Run(precision, decay=Schedule.constant(0.0))
     found = [run.step(step) for step in range(3)]
     run.engine.close()
-    return [means[key] for means in found for key in ("divergence.forward_kl", "hidden_mse.first")]
+    return [means[key] for means in found for key in ("divergence.forward_kl", "hidden.last")]
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ RECIPE = {
                 "student": {"from": "model"},
                 "data": "text",
                 "targets": {"t": {"ema": {"unit": "fraction", "points": [[0, 0.5], [1, 0.9]]}}},
-                "loss": [{"ce": {}}, {"hidden_mse": {"target": "t", "position": "mean"}}],
+                "loss": [{"ce": {}}, {"hidden": {"target": "t", "position": "mean", "view": "plain"}}],
                 "optim": {"batch": 4},
                 "lr": 0.003,
                 "stop": {"steps": 6},
@@ -139,7 +139,7 @@ def test_a_killed_run_with_an_average_ends_as_the_one_left_in_peace(place):
     hard, whole = (load_file(place / out / "student/model/model.safetensors") for out in ("hard", "whole"))
     assert all(hard[name].equal(whole[name]) for name in whole)
     terms = [[json.loads(x)["terms"] for x in (place / out / "student/log.jsonl").open()] for out in ("hard", "whole")]
-    assert terms[0] == terms[1] and terms[0][0]["hidden_mse.mean"] == 0 < terms[0][-1]["hidden_mse.mean"]
+    assert terms[0] == terms[1] and terms[0][0]["hidden.last"] == 0 < terms[0][-1]["hidden.last"]
 
 
 def test_zero_3_has_no_average_and_it_is_said_before_anything_runs(place):

@@ -643,7 +643,7 @@ def train(document):
             "are for each other and nothing else",
         ),
         (lambda d: train(d).update(data="more"), "stage kept has read text, this one trains on more"),
-        (lambda d: train(d)["loss"][0].update(hidden_mse={"target": "t"}, divergence=None), "nothing from inside it"),
+        (lambda d: train(d)["loss"][0].update(hidden={"target": "t"}, divergence=None), "nothing from inside it"),
         (lambda d: train(d)["loss"][0]["divergence"].update(objective="mlm"), "masked ones differ from epoch to epoch"),
         (
             lambda d: (op(d).pop("k"), op(d).update(keep="sampled")),

@@ -10,13 +10,14 @@ from torch.testing import assert_close
 
 from distill import corpus, models, taps, views
 from distill.lesson import Lesson
-from distill.objectives import OBJECTIVES, HiddenMSE, hidden_mse
+from distill.objectives import OBJECTIVES, Hidden, hidden
 from distill.objectives.hidden_sum import hidden_count, hidden_sum
 from distill.teachers.targets import Online, Targets
 
 PACKED = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 0], [1] * 11, [2, 2, 1, 1, 3, 3, 0, 0, 4, 4, 5]])
-FORMS = [(position, reduction) for position in ("first", "mean", "all") for reduction in ("sum", "mean")]
-every_form = pytest.mark.parametrize(("position", "reduction"), FORMS)
+KINDS = [("mse", "sum"), ("mse", "mean"), ("cosine", None)]
+FORMS = [(kind, position, reduction) for kind, reduction in KINDS for position in ("first", "mean", "all")]
+every_form = pytest.mark.parametrize("form", FORMS)
 WIDTH = 7
 
 
@@ -24,57 +25,62 @@ def draw(seed, shape=PACKED.shape):
     return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def brute(teacher, student, segments, position, reduction):
+def brute(teacher, student, segments, kind, position, reduction):
     """One document at a time."""
+    measure = {
+        "sum": lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b, strict=True)),
+        "mean": lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / WIDTH,
+        None: lambda a, b: 1 - a @ b / (a @ a * (b @ b)) ** 0.5,
+    }[reduction]
     distances = []
     for b, numbers in enumerate(segments.tolist()):
         for number in {n for n in numbers if n}:
             places = [t for t, n in enumerate(numbers) if n == number]
-            gaps = [student[b, t] - teacher[b, t] for t in places]
-            gaps = {"first": gaps[:1], "mean": [sum(gaps) / len(gaps)], "all": gaps}[position]
-            distances += [(gap**2).sum() if reduction == "sum" else (gap**2).mean() for gap in gaps]
+            sides = [[x[b, t] for t in places] for x in (student, teacher)]
+            chosen = [{"first": x[:1], "mean": [sum(x) / len(x)], "all": x}[position] for x in sides]
+            distances += [measure(*pair) for pair in zip(*chosen, strict=True)]
     return sum(distances) / len(distances)
 
 
 @every_form
-def test_loss_and_gradient_are_those_of_brute_force(position, reduction):
+def test_loss_and_gradient_are_those_of_brute_force(form):
     teacher, student = draw(1), draw(2).requires_grad_()
-    ours, theirs = (f(teacher, student, PACKED, position, reduction) for f in (hidden_mse, brute))
+    ours, theirs = (f(teacher, student, PACKED, *form) for f in (hidden, brute))
     gradients = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]
     assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 @every_form
-def test_how_a_batch_is_cut_into_parts_and_rows_changes_nothing(position, reduction):
+def test_how_a_batch_is_cut_into_parts_and_rows_changes_nothing(form):
     teacher, student = draw(1), draw(2)
-    whole = hidden_mse(teacher, student, PACKED, position, reduction)
+    whole = hidden(teacher, student, PACKED, *form)
     parts = [slice(b, b + 1) for b in range(len(PACKED))]
-    totals = [hidden_sum(teacher[b], student[b], PACKED[b], position, reduction) for b in parts]
-    count = sum(hidden_count(PACKED[b], position) for b in parts)
+    totals = [hidden_sum(teacher[b], student[b], PACKED[b], *form) for b in parts]
+    count = sum(hidden_count(PACKED[b], form[1]) for b in parts)
     assert_close(sum(totals) / count, whole, rtol=0, atol=1e-12)
     apart = corpus.unpack({"input_ids": torch.arange(33).view(3, 11), "segment_ids": PACKED, "labels": PACKED,
                            "sample_ids": torch.arange(3)})  # fmt: skip
     sides = (x.flatten(0, 1)[apart["input_ids"]] for x in (teacher, student))
-    assert_close(hidden_mse(*sides, apart["segment_ids"], position, reduction), whole, rtol=0, atol=1e-12)
+    assert_close(hidden(*sides, apart["segment_ids"], *form), whole, rtol=0, atol=1e-12)
 
 
 @every_form
-def test_it_is_zero_against_itself_and_where_nothing_is_real(position, reduction):
-    assert hidden_mse(draw(1), draw(1), PACKED, position, reduction) == 0
-    assert hidden_mse(draw(1), draw(2), torch.zeros_like(PACKED), position, reduction) == 0
+def test_it_is_zero_against_itself_and_where_nothing_is_real(form):
+    assert_close(hidden(draw(1), draw(1), PACKED, *form).item(), 0.0, rtol=0, atol=1e-15)
+    assert hidden(draw(1), draw(2), torch.zeros_like(PACKED), *form) == 0
 
 
 def test_half_precision_is_compared_in_float32():
     teacher, student = (draw(seed).bfloat16() for seed in (1, 2))
-    wide = hidden_mse(teacher.double(), student.double(), PACKED)
-    assert_close(hidden_mse(teacher, student, PACKED).double(), wide, rtol=1e-6, atol=0)
+    wide = hidden(teacher.double(), student.double(), PACKED)
+    assert_close(hidden(teacher, student, PACKED).double(), wide, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_last_is_what_the_model_hands_on_and_a_number_is_a_blocks_output(family):
+def test_last_is_what_the_model_hands_on_a_number_a_blocks_output_embeddings_what_the_first_is_given(family):
     model, batch = tiny.model(family, tiny.head(family)), tiny.batch([[7], [4]], 7)
-    wanted = [taps.OUTPUT, taps.Tap("hidden", 1)]
+    wanted = [taps.OUTPUT, taps.Tap("hidden", 1), taps.EMBEDDINGS]
     rows = torch.tensor([0, 3]) if tiny.head(family) else None
     found = taps.trace(model, batch, wanted, rows).taps
     mask = (batch["segment_ids"] > 0).long()
@@ -82,6 +88,7 @@ def test_last_is_what_the_model_hands_on_and_a_number_is_a_blocks_output(family)
     real = batch["segment_ids"] > 0
     assert_close(found[taps.OUTPUT][real], after.last_hidden_state[real], rtol=0, atol=0)
     assert_close(found["hidden", 1][real], after.hidden_states[2][real], rtol=0, atol=0)
+    assert_close(found[taps.EMBEDDINGS][real], after.hidden_states[0][real], rtol=0, atol=0)
 
 
 # Views
@@ -90,9 +97,11 @@ def test_last_is_what_the_model_hands_on_and_a_number_is_a_blocks_output(family)
 def objectives(**more) -> dict:
     return {
         "ce": OBJECTIVES["ce"](objective="mlm"),
-        "hidden_mse": HiddenMSE(target="t"),
-        "hidden_mse_2": HiddenMSE(target="t", position="mean", student_layer=1, teacher_layer=2),
-        "hidden_mse_3": HiddenMSE(target="t", view="masked", reduction="mean"),
+        "hidden": Hidden(target="t", position="first", view="plain", reduction="sum"),
+        "hidden_2": Hidden(target="t", position="mean", view="plain", student_layer=1, teacher_layer=2),
+        "hidden_3": Hidden(
+            target="t", kind="cosine", student_layer=["embeddings", 0, 2], teacher_layer=["embeddings", 1, 3]
+        ),
         **more,
     }
 
@@ -142,12 +151,12 @@ def test_a_view_that_no_active_objective_reads_is_not_run():
     lesson, targets, student, teacher = pair(named)
     lesson(batch, targets(batch, {"ce": named["ce"]}), {"ce": named["ce"]})
     assert (len(student), len(teacher)) == (1, 0)
-    lesson(batch, targets(batch, {"hidden_mse": named["hidden_mse"]}), {"hidden_mse": named["hidden_mse"]})
+    lesson(batch, targets(batch, {"hidden": named["hidden"]}), {"hidden": named["hidden"]})
     assert torch.equal(student[1], teacher[0]) and not torch.equal(student[1], batch["input_ids"])
 
 
 def test_where_nothing_is_hidden_there_is_one_view():
-    named = {"ce": OBJECTIVES["ce"](objective="causal"), "hidden_mse": HiddenMSE(target="t", position="all")}
+    named = {"ce": OBJECTIVES["ce"](objective="causal"), "hidden": Hidden(target="t")}
     lesson, targets, student, teacher = pair(named, "llama", "llama")
     batch = tiny.batch([[5, 4], [8]], 11)
     lesson(batch, targets(batch, named), named)
@@ -156,7 +165,7 @@ def test_where_nothing_is_hidden_there_is_one_view():
 
 def test_one_step_is_that_of_the_paper_written_out():
     """Lee et al. 2023: masked language modelling of one view, the distance of [CLS] of the other."""
-    named, batch = {name: objectives()[name] for name in ("ce", "hidden_mse")}, masked()
+    named, batch = {name: objectives()[name] for name in ("ce", "hidden")}, masked()
     lesson, targets, *_ = pair(named)
     lesson.double(), targets.models[0].double()
     student, teacher, plain = lesson.student, targets.models[0], tiny.batch([[5, 4], [8]], 11)["input_ids"]
@@ -182,7 +191,7 @@ def test_one_step_is_that_of_the_paper_written_out():
 
 def wrong(student="bert", teacher="bert", changes=None, **keys) -> list[str]:
     sides = [models.facts(tiny.config(student)), models.facts(tiny.config(teacher, **(changes or {})))]
-    return HiddenMSE(target="t", **keys).check(*sides)
+    return Hidden(target="t", **keys).check(*sides)
 
 
 def test_what_cannot_work_is_said():
@@ -192,8 +201,25 @@ def test_what_cannot_work_is_said():
         "student_layer=4: the bert has 4 layers, 0 to 3",
         "teacher_layer=-5: the bert has 4 layers, 0 to 3",
     ]
-    (said,) = wrong("llama", "llama")
+    assert wrong(student_layer=["embeddings", 0, 1], teacher_layer=["embeddings", 1, 9]) == [
+        "teacher_layer=9: the bert has 4 layers, 0 to 3"
+    ]
+    (said,) = wrong("llama", "llama", position="first")
     assert said == "position first: of a causal model it sees nothing but itself; mean and all say more"
-    for keys in ({"position": "cls"}, {"view": "unmasked"}, {"student_layer": "first"}):
-        with pytest.raises(ValidationError):
-            HiddenMSE(target="t", **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"position": "cls"}, "Input should be"),
+        ({"view": "unmasked"}, "Input should be"),
+        ({"student_layer": "first"}, "Input should be"),
+        ({"student_layer": []}, "at least 1"),
+        ({"student_layer": [0, 1]}, "lists 2, teacher_layer 1; each layer of one has one of the other"),
+        ({"student_layer": [1, 1], "teacher_layer": [0, 1]}, "each layer at most once"),
+        ({"kind": "cosine", "reduction": "sum"}, "a cosine is one number"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(keys, said):
+    with pytest.raises(ValidationError, match=said):
+        Hidden(target="t", **keys)

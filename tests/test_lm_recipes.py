@@ -127,7 +127,7 @@ def test_in_self_distillation_the_student_is_what_its_teacher_was_and_reads_two_
     run = ran("self_distillation")
     base, begun = weights(run, "base/model"), [weights(run, f"{stage}/start") for stage in ("teacher", "student")]
     assert all(base[name].equal(start[name]) for start in begun for name in base)
-    assert all(set(entry["terms"]) == {"ce.mlm", "hidden_mse.first"} for entry in log(run, "student"))
+    assert all(set(entry["terms"]) == {"ce.mlm", "hidden.last"} for entry in log(run, "student"))
     # the first step's masked tokens are those of the teacher's first step: the same start, rows and masks
     assert log(run, "student")[0]["terms"]["ce.mlm"] == log(run, "teacher")[0]["terms"]["ce.mlm"]
     assert all(entry["teacher_forwards"] == {"t": 1} for entry in log(run, "student"))  # the plain view alone

@@ -1,6 +1,6 @@
 """Losses: frozen values for recipes (`OBJECTIVES`), plain functions on tensors for any other loop. No torch.
 
-from distill.objectives import aligned, cross_entropy, divergence, hidden_mse, relation_kl
+from distill.objectives import aligned, cross_entropy, divergence, hidden, relation_kl
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from importlib import import_module
 
 from distill.objectives.ce import CrossEntropy
 from distill.objectives.distribution import Divergence
-from distill.objectives.hidden import HiddenMSE
 from distill.objectives.protocol import Needs, Objective
 from distill.objectives.ranked import Contrastive, InBatchMargin, ListwiseKL, MarginMSE, PointwiseMSE, RankNet
 from distill.objectives.relation import RelationKL
 from distill.objectives.span import Aligned
+from distill.objectives.states import Hidden
 
 RANKING = {
     "margin_mse": MarginMSE,
@@ -28,7 +28,7 @@ OBJECTIVES = {
     "ce": CrossEntropy,
     "divergence": Divergence,
     "aligned": Aligned,
-    "hidden_mse": HiddenMSE,
+    "hidden": Hidden,
     **RANKING,
 }
 
@@ -38,7 +38,7 @@ FUNCTIONS = {
     "cross_entropy": "token_sum",
     "divergence": "token_sum",
     "aligned": "span_sum",
-    "hidden_mse": "hidden_sum",
+    "hidden": "hidden_sum",
     "scored": "token_sum",
     "margin_mse": "ranking_sum",
     "all_pairs_margin_mse": "ranking_sum",
@@ -59,7 +59,7 @@ __all__ = [
     "Contrastive",
     "CrossEntropy",
     "Divergence",
-    "HiddenMSE",
+    "Hidden",
     "InBatchMargin",
     "ListwiseKL",
     "MarginMSE",

@@ -1,4 +1,4 @@
-"""The squared distance of hidden states [B, T, D], at places that segment ids [B, T] tell."""
+"""The distance of hidden states [B, T, D], at places that segment ids [B, T] tell."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from torch import Tensor
 from distill.objectives.segments import sequences
 
 
-def hidden_mse(
-    teacher: Tensor, student: Tensor, segments: Tensor, position: str = "first", reduction: str = "sum"
+def hidden(
+    teacher: Tensor,
+    student: Tensor,
+    segments: Tensor,
+    kind: str = "mse",
+    position: str = "all",
+    reduction: str = "mean",
 ) -> Tensor:
     """The mean over documents (`first` and `mean` of their tokens) or tokens (`all`); zero where there are none."""
-    total = hidden_sum(teacher, student, segments, position, reduction)
+    total = hidden_sum(teacher, student, segments, kind, position, reduction)
     return total / hidden_count(segments, position).clamp_min(1)
 
 
-def hidden_sum(teacher: Tensor, student: Tensor, segments: Tensor, position: str, reduction: str) -> Tensor:
-    """Over documents or tokens; `reduction` is that over the width. Float32, or float64 where the states are."""
+def hidden_sum(teacher: Tensor, student: Tensor, segments: Tensor, kind: str, position: str, reduction: str) -> Tensor:
+    """Over documents or tokens; `reduction` is that of mse over the width. Float32, or float64 where the states are."""
     wide = torch.promote_types(student.dtype, torch.float32)
-    difference = _at(student.to(wide) - teacher.to(wide), segments, position)  # [N, D]
-    total = difference.square().sum()
+    ours, theirs = (_at(x.to(wide), segments, position) for x in (student, teacher))  # [N, D]
+    if kind == "cosine":
+        return (1 - torch.cosine_similarity(ours, theirs, dim=-1)).sum()
+    total = (ours - theirs).square().sum()
     return total if reduction == "sum" else total / student.shape[-1]
 
 
@@ -30,7 +37,7 @@ def hidden_count(segments: Tensor, position: str) -> Tensor:
 
 
 def _at(x: Tensor, segments: Tensor, position: str) -> Tensor:
-    """[B, T, D] -> [N, D]; a mean of differences is the difference of means."""
+    """[B, T, D] -> [N, D]."""
     positions, lengths = sequences(segments)
     x = x.flatten(0, 1)
     if position == "first":

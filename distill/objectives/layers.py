@@ -1,10 +1,15 @@
-"""Which layer of a model an objective reads, as recipes say it. No torch."""
+"""Which layers of a model an objective reads, as recipes say it. No torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distill.schedules import Several
 
 Layer = int | Literal["last"]
+Layers = Layer | Annotated[Several[Layer], Field(min_length=1)]
 
 
 def number(layer: Layer) -> int:
@@ -15,3 +20,30 @@ def mistakes(key: str, layer: Layer, facts) -> list[str]:
     if layer == "last" or -facts.layers <= layer < facts.layers:
         return []
     return [f"{key}={layer}: the {facts.family} has {facts.layers} layers, 0 to {facts.layers - 1}"]
+
+
+# Several layers of a student, each with one of its teacher
+
+
+def listed(layers) -> tuple:
+    return layers if isinstance(layers, tuple) else (layers,)
+
+
+def named(layer) -> str:
+    """In logs."""
+    return layer if isinstance(layer, str) else f"layer_{layer}"
+
+
+def unpaired(student, teacher) -> str | None:
+    """What is wrong with two lists of which each one's n-th belongs to the other's."""
+    ours, theirs = listed(student), listed(teacher)
+    if len(ours) != len(theirs):
+        return f"student_layer lists {len(ours)}, teacher_layer {len(theirs)}; each layer of one has one of the other"
+    if len(set(ours)) < len(ours):
+        return "student_layer: each layer at most once; a second teacher's layer for it is a loss of its own"
+    return None
+
+
+def uniform(layers: int, of: int) -> list[int]:
+    """As many layers, evenly spaced, the last among them (TinyBERT's g(m) = m N / M, counted from 0)."""
+    return [(m + 1) * of // layers - 1 for m in range(layers)]

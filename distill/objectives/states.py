@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.objectives import layers
 from distill.objectives.layers import Layer
 from distill.objectives.protocol import Needs, View
-from distill.schedules import Schedule, Value
+from distill.schedules import Schedule, Several, Value
 
 Position = Literal["first", "mean", "all"]
+State = Layer | Literal["embeddings"]
+States = State | Annotated[Several[State], Field(min_length=1)]
+
+WHICH = "0 is the first block, negative ones count from the end; last is what the model hands on; or a list"
 
 
-class HiddenMSE(Value):
-    """The squared distance of student and teacher hidden states, of equal width.
+class Hidden(Value):
+    """The distance of student and teacher hidden states, of one layer or of several pairs.
 
-    Self-distillation for further pre-training (Lee et al. 2023, arXiv 2210.02871) takes the first token behind the last
-    norm, of rows in which nothing is masked, and sums over the width: the defaults here. `last` is what the model
-    hands on, after the norm behind its blocks where it has one; a number is the output of that block.
+    `last` is what the model hands on, after the norm behind its blocks where it has one; a number is the output of that
+    block; `embeddings` is what the first block is given. TinyBERT (Jiao et al. 2019, arXiv 1909.10351) has the mean
+    square of all of these, DistilBERT (Sanh et al. 2019, arXiv 1910.01108) the cosine of the last, self-distillation
+    for further pre-training (Lee et al. 2023, arXiv 2210.02871) the squared distance of the first token, in a view of
+    its own.
     """
 
     target: str = Field(description="a teacher of the same width, by its name in targets")
-    student_layer: Layer = Field("last", description="0 is the first; negative ones count from the end")
-    teacher_layer: Layer = Field("last", description="0 is the first; negative ones count from the end")
+    kind: Literal["mse", "cosine"] = Field("mse", description="the squared distance, or 1 - cosine")
+    student_layer: States = Field("last", description=WHICH)
+    teacher_layer: States = Field("last", description=f"{WHICH} of as many")
     position: Position = Field(
-        "first", description="of each document: its first token ([CLS]), the mean of its tokens, or all of them"
+        "all", description="of each document: its first token ([CLS]), the mean of its tokens, or all of them"
     )
     view: View = Field(
-        "plain", description="plain: nothing is masked, a forward pass of its own; masked: as mlm has it"
+        "masked", description="masked: as mlm has it; plain: nothing is masked, a forward pass of its own"
     )
-    reduction: Literal["sum", "mean"] = Field("sum", description="over the width; over documents or tokens: the mean")
-    weight: Schedule = Field(Schedule.constant(1.0), description="factor on this loss")
+    reduction: Literal["mean", "sum"] | None = Field(
+        None, description="mse: over the width, mean unless given; over documents or tokens: the mean"
+    )
+    weight: Schedule = Field(Schedule.constant(1.0), description="factor on this loss, alike for every pair of layers")
+
+    @model_validator(mode="after")
+    def _check(self) -> Hidden:
+        if wrong := layers.unpaired(self.student_layer, self.teacher_layer):
+            raise ValueError(wrong)
+        if self.kind == "cosine" and self.reduction:
+            raise ValueError("reduction: a cosine is one number; mse has one for each of the width")
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[State, State]]:
+        """(of the student, of the teacher)."""
+        return list(zip(layers.listed(self.student_layer), layers.listed(self.teacher_layer), strict=True))
 
     def needs(self) -> Needs:
-        sides = (frozenset({_tap(layer)}) for layer in (self.student_layer, self.teacher_layer))
+        sides = (frozenset(_tap(state) for state in side) for side in zip(*self.pairs, strict=True))
         return Needs(*sides, view=self.view)
 
     def check(self, student, target) -> list[str]:
         wrong = [
-            *layers.mistakes("student_layer", self.student_layer, student),
-            *layers.mistakes("teacher_layer", self.teacher_layer, target),
+            what
+            for pair in self.pairs
+            for key, state, facts in zip(("student_layer", "teacher_layer"), pair, (student, target), strict=True)
+            if state != "embeddings"
+            for what in layers.mistakes(key, state, facts)
         ]
         widths = [facts.widths["hidden"] for facts in (student, target)]
         if widths[0] != widths[1]:
@@ -53,16 +78,20 @@ class HiddenMSE(Value):
     def count(self, batch) -> dict:
         from distill.objectives.hidden_sum import hidden_count
 
-        return {self.position: hidden_count(batch["segment_ids"], self.position)}
+        count = hidden_count(batch["segment_ids"], self.position)
+        return {layers.named(state): count for state, _ in self.pairs}
 
     def terms(self, student, target, batch) -> dict:
         from distill.objectives.hidden_sum import hidden_sum
 
-        sides = target.taps[_tap(self.teacher_layer)], student.taps[_tap(self.student_layer)]
-        return {self.position: hidden_sum(*sides, batch["segment_ids"], self.position, self.reduction)}
+        how = self.kind, self.position, self.reduction or "mean"
+        return {
+            layers.named(own): hidden_sum(target.taps[_tap(its)], student.taps[_tap(own)], batch["segment_ids"], *how)
+            for own, its in self.pairs
+        }
 
 
-def _tap(layer: Layer):
-    from distill.taps import OUTPUT, Tap
+def _tap(state: State):
+    from distill.taps import EMBEDDINGS, OUTPUT, Tap
 
-    return OUTPUT if layer == "last" else Tap("hidden", layer)
+    return {"last": OUTPUT, "embeddings": EMBEDDINGS}.get(state) or Tap("hidden", state)

@@ -1,6 +1,6 @@
 """What masks cost a step of training: CPU seconds with them over CPU seconds without, in alternating pairs.
 
-    OMP_NUM_THREADS=2 python benchmarks/mask_overhead.py [--pairs 30] [--zero 0] [--precision fp32] [--sparsity 0.75]
+    OMP_NUM_THREADS=2 python benchmarks/mask_overhead.py [--pairs 30] [--zero 0] [--precision fp32] [--hold bits]
 
 Two engines of the same language model of four layers of 256 (feed-forward 1024, 2048 tokens) take the same step of 16
 rows of 128 tokens in turn, in changing order: 2,048 tokens, forward, backward, clipping and AdamW. Wall seconds stand
@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from distill.engine import Engine
+from distill.sparsity.held import HOLD
 from distill.sparsity.masking import Masking
 from growth import families
 from growth.scope import AXES, matrices
@@ -46,7 +47,7 @@ def masks(loss: Loss, sparsity: float) -> dict[str, torch.Tensor]:
 
 def engine(arguments, sparsity: float | None) -> tuple[Engine, Masking]:
     loss = Loss()
-    masking = Masking(loss, masks(loss, sparsity) if sparsity is not None else {})
+    masking = Masking(loss, masks(loss, sparsity) if sparsity is not None else {}, hold=arguments.hold)
     spec = SimpleNamespace(zero=arguments.zero, precision=arguments.precision, deepspeed={})
     return Engine(loss, spec, SimpleNamespace(**OPTIM), ROWS), masking
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=0)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--hold", choices=HOLD, default="bools")
     arguments = parser.parse_args()
     dense, _ = engine(arguments, None)
     sparse, masking = engine(arguments, arguments.sparsity)
@@ -94,7 +96,7 @@ def alone(masking: Masking, times: int = 50) -> float:
 def report(arguments, dense: list, sparse: list, masking: Masking) -> None:
     threads, tokens = torch.get_num_threads(), ROWS * LENGTH
     print(f"{tokens} tokens a step, {threads} threads, ZeRO {arguments.zero}, {arguments.precision}, "
-          f"{masking.masked / 1e6:.2f} M weights under masks of sparsity {arguments.sparsity}")  # fmt: skip
+          f"{masking.masked / 1e6:.2f} M weights under {arguments.hold} of sparsity {arguments.sparsity}")  # fmt: skip
     for what, at in (("CPU", 0), ("wall", 1)):
         ratios = sorted(s[at] / d[at] for s, d in zip(sparse, dense, strict=True))
         quarters = statistics.quantiles(ratios, n=4)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,21 @@ def packed(mask):
 
 
 def unpacked(bits, shape: tuple[int, ...]):
-    """uint8 [n / 8] -> bool [shape]."""
+    """uint8 [n / 8] -> bool [shape], on the device of the bits."""
+    import torch
+
+    flat = _spelled(bits.device).index_select(0, bits.int()).view(torch.bool)
+    return flat[: math.prod(shape)].view(shape)
+
+
+@cache
+def _spelled(device):
+    """int64 [256]: the eight bools of every byte, as they lie in memory."""
     import numpy as np
     import torch
 
-    flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
-    return torch.from_numpy(flat).view(torch.bool).reshape(shape)
+    every = np.arange(256, dtype=np.uint8)[:, None]
+    return torch.from_numpy(np.unpackbits(every, axis=1, bitorder="little").view(np.int64)[:, 0]).to(device)
 
 
 def as_integers(tensor):

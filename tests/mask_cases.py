@@ -5,6 +5,7 @@ The engine gives back what stage 3 patches, so that the stages can follow each o
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from torch import nn
 from distill import snapshot, world
 from distill.engine import KEYS, Engine
 from distill.schedules import Progress
+from distill.sparsity import semi_structured
 from distill.sparsity.choosing import largest, rewired
 from distill.sparsity.masking import Masking
 from distill.sparsity.rules import Static
@@ -30,10 +32,11 @@ SPOILT = "pairs.1.0.weight"
 class Net(nn.Module):
     """Three pairs of matrices of 315 weights, an odd number, so that no shard ends where a tensor does."""
 
-    def __init__(self):
+    def __init__(self, outer: int = 15, inner: int = 21):
         super().__init__()
         g = torch.Generator().manual_seed(1)
-        self.pairs = nn.ModuleList(nn.ModuleList([nn.Linear(15, 21), nn.Linear(21, 15)]) for _ in range(3))
+        pair = nn.Linear(outer, inner), nn.Linear(inner, outer)
+        self.pairs = nn.ModuleList(nn.ModuleList(copy.deepcopy(pair)) for _ in range(3))
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(0.3 * torch.randn(p.shape, generator=g))
@@ -45,9 +48,9 @@ class Net(nn.Module):
         return (x.float() - y).square().sum()
 
 
-def rows(step: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(step: int, first: int, count: int, wide: int = 15) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(step)
-    return tuple(torch.randn(BATCH, 15, generator=g)[first : first + count] for _ in range(2))
+    return tuple(torch.randn(BATCH, wide, generator=g)[first : first + count] for _ in range(2))
 
 
 def masks(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -76,7 +79,8 @@ class Run:
     def __init__(self, stage: int, precision: str):
         self.net = Net()
         dict(self.net.named_parameters())[SPOILT].register_hook(self._spoil)
-        self.masking = Masking(self.net, masks(self.net), Changes(), check_every=1)
+        hold = ("bools", "bits")[stage % 2]
+        self.masking = Masking(self.net, masks(self.net), Changes(), check_every=1, hold=hold)
         spec = SimpleNamespace(zero=stage, precision=precision, deepspeed={})
         self.engine = Engine(self.net, spec, SimpleNamespace(**OPTIM), 2)
         self.norms, self.dead, self.moved = [], 0, True
@@ -163,6 +167,34 @@ def guarded(stage: int, precision: str) -> str:
         run.engine.close()
 
 
+def executed(stage: int, product) -> list[float]:
+    """The weights after three steps with 2:4 masks in bf16; a `product` that skips zeros takes the place of layers."""
+    net, g = Net(16, 24), torch.Generator().manual_seed(7)
+    weights = {name: p for name, p in net.named_parameters() if p.dim() > 1}
+    drawn = {name: torch.rand(*p.shape[:1], p.shape[1] // 4, 4, generator=g) for name, p in weights.items()}
+    alive = {n: torch.zeros_like(d).bool().scatter_(-1, d.argsort()[..., :2], True) for n, d in drawn.items()}
+    Masking(net, {name: mask.flatten(-2) for name, mask in alive.items()})
+    if product:
+        semi_structured.place(net, weights, product)
+    spec = SimpleNamespace(zero=stage, precision="bf16", deepspeed={})
+    engine = Engine(net, spec, SimpleNamespace(**OPTIM), 2)
+    for step in range(3):
+        for m in range(world.rank(), BATCH // 2, world.size()):
+            engine.backward(engine(*rows(step, 2 * m, 2, 16)) / BATCH)
+        engine.step(LR)
+    found = torch.cat([w.flatten() for _, w in engine.state("master")])
+    engine.close()
+    return found.tolist()
+
+
+def skipping(x, W, bias):
+    """As a kernel for 2:4 does: of every four weights along the sum two, wherever they stand."""
+    groups = W.unflatten(-1, (-1, 4))
+    places = groups.ne(0).byte().argsort(dim=-1, descending=True, stable=True)[..., :2]
+    held = torch.zeros_like(groups).scatter(-1, places, groups.gather(-1, places))
+    return nn.functional.linear(x, held.flatten(-2), bias)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     stages = [int(stage) for stage in sys.argv[1:]] or range(4)
@@ -172,6 +204,7 @@ def main() -> None:
                 f"{stage} {precision}": exact(stage, precision)
                 | {"resumes": resumes(stage, precision)}
                 | ({"guarded": guarded(stage, precision)} if precision == "bf16" else {})
+                | ({"executed": [executed(stage, p) for p in (None, skipping)]} if precision == "bf16" else {})
                 for stage in stages
                 for precision in ("fp32", "bf16")
             }

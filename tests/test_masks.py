@@ -98,6 +98,12 @@ def test_one_weight_that_came_back_is_found_and_named(stage, ranks):
     assert said.startswith("pairs.2.1.weight: 1 weights that its mask says are dead are not zero in the master;")
 
 
+@pytest.mark.parametrize(("stage", "ranks"), [(stage, ranks) for ranks in (1, 2) for stage in range(4)])
+def test_products_that_skip_dead_weights_train_as_dense_ones_do(stage, ranks):
+    dense, sparse = (torch.tensor(weights) for weights in results(stage, ranks, "bf16")["executed"])
+    assert dense.abs().max() > 0.1 and (sparse - dense).abs().max() <= 1e-6
+
+
 # Which weights live
 
 

@@ -45,8 +45,8 @@ RECIPE = {
     "stages": [
         {"id": "init", "grow": {"from": "m", "ops": [{"sparsify": {"pattern": "2:4"}}]}},
         {"id": "kept", "train": TRAIN | {"student": {"from": "init"}, "hooks": [{"mask": {"from": "init"}}]}},
-        {"id": "moved", "train": TRAIN | {"student": {"from": "kept"}, "stop": {"steps": 7},
-                                          "hooks": [{"sparsify": {"how": "rigl", "every": 2, "check_every": 1}}]}},
+        {"id": "moved", "train": TRAIN | {"student": {"from": "kept"}, "stop": {"steps": 7}, "hooks": [
+            {"sparsify": {"how": "rigl", "every": 2, "check_every": 1, "hold": "bits"}}]}},
         {"id": "fewer", "train": TRAIN | {"student": {"from": "m"}, "stop": {"steps": 12},
                                           "hooks": [{"sparsify": {"sparsity": 0.8, "every": 2}}]}},
         {"id": "dense", "grow": {"from": "moved", "ops": ["densify"]}},

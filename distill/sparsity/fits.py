@@ -8,39 +8,53 @@ from typing import Any
 from distill import sources
 from distill.sparsity.optimizers import of_engine, why_not
 from distill.sparsity.values import Mask, Sparsify
-from growth.bits import FILE
+from growth.bits import FILE, read_masks
 from growth.errors import UsageError
 from growth.gradual import Gradual
 
+Patterns = frozenset[str | None]  # None: of masks without one
+DENSE, ANY = frozenset(), frozenset({None})
 KEEP = "hooks: [{mask: {}}] keeps them, a grow stage with `densify` drops them"
 
 
 def is_sparse(reference: str | None, planned: Any) -> bool:
     """Whether a model has masks, or a stage will."""
+    return bool(patterns(reference, planned))
+
+
+def patterns(reference: str | None, planned: Any) -> Patterns:
+    """Of the masks that a model has, or a stage will; none: it is dense."""
     if reference is None:
-        return False
+        return DENSE
     if reference in planned.recipe.models:
-        return (sources.encoder(planned.context.model(reference)) / FILE).is_file()
+        path = sources.encoder(planned.context.model(reference)) / FILE
+        return frozenset(mask.pattern for mask in read_masks(path).values()) if path.is_file() else DENSE
     name, _, start = reference.partition(".")
     stage = planned.recipe.stage(name)
     if stage.grow:
-        return _after(stage.grow.operators(), is_sparse(stage.grow.from_, planned))
+        return _after(stage.grow.operators(), patterns(stage.grow.from_, planned))
     masked, own = _hooks(stage.train)
-    return bool(masked) if not start else starts_sparse(stage.train, planned) or bool(own and own.from_)
+    if not masked and not start:
+        return DENSE
+    kept = patterns(own.from_, planned) if own and own.from_ else _at_start(stage.train, planned)
+    return kept or (DENSE if start else ANY)
 
 
-def starts_sparse(train: Any, planned: Any) -> bool:
-    """Whether what a student is made of has masks."""
+def _at_start(train: Any, planned: Any) -> Patterns:
+    """Of the masks of what a student is made of."""
     student = train.student
-    sparse = is_sparse(student.origin, planned)
-    return _after(student.grow.operators(), sparse) if student.grow else sparse
+    kept = patterns(student.origin, planned)
+    return _after(student.grow.operators(), kept) if student.grow else kept
 
 
-def _after(ops: Iterable[tuple[str, Any]], sparse: bool) -> bool:
+def _after(ops: Iterable[tuple[str, Any]], kept: Patterns) -> Patterns:
     """Operators take masks along or refuse them."""
-    for name, _ in ops:
-        sparse = {"sparsify": True, "densify": False}.get(name, sparse)
-    return sparse
+    for name, op in ops:
+        if name == "sparsify":
+            kept = frozenset({op.pattern})
+        elif name == "densify":
+            kept = DENSE
+    return kept
 
 
 def _hooks(train: Any) -> tuple[list[Mask | Sparsify], Mask | None]:
@@ -52,9 +66,9 @@ def _hooks(train: Any) -> tuple[list[Mask | Sparsify], Mask | None]:
 def misfits(stage: Any, planned: Any) -> Iterator[str]:
     """Of a train stage."""
     train, (found, mask) = stage.train, _hooks(stage.train)
-    sparse = starts_sparse(train, planned)
+    start = _at_start(train, planned)
     if not found:
-        if sparse:
+        if start:
             yield f"student: {train.student.origin} is sparse, and nothing keeps its masks while it trains: {KEEP}"
         return
     if len(found) > 1:
@@ -64,9 +78,9 @@ def misfits(stage: Any, planned: Any) -> Iterator[str]:
     if why := why_not(train.optim.name):
         yield f"optim.name: {why}"
     if mask:
-        yield from _of_mask(mask, sparse, planned)
+        yield from _of_mask(mask, start, planned)
     else:
-        yield from _of_change(found[0], sparse, train)
+        yield from _of_change(found[0], bool(start), train)
 
 
 def _company(train: Any) -> Iterator[str]:
@@ -79,11 +93,27 @@ def _company(train: Any) -> Iterator[str]:
         yield "hooks: masks of blocks that a submodel leaves out would be counted as if they ran; one of both"
 
 
-def _of_mask(mask: Mask, sparse: bool, planned: Any) -> Iterator[str]:
-    if mask.from_ and not is_sparse(mask.from_, planned):
+def _of_mask(mask: Mask, start: Patterns, planned: Any) -> Iterator[str]:
+    kept = patterns(mask.from_, planned) if mask.from_ else start
+    if mask.from_ and not kept:
         yield f"hooks.mask.from: {mask.from_} has no masks; `sparsify` in a grow stage draws them"
-    if not mask.from_ and not sparse:
+    if not mask.from_ and not kept:
         yield "hooks.mask: the student has no masks; a grow stage with `sparsify` draws some, `from` names others"
+    if mask.execute != "dense":
+        yield from (f"hooks.mask.execute: {what}" for what in _of_execution(kept, planned.recipe.engine.precision))
+
+
+def _of_execution(kept: Patterns, precision: str) -> Iterator[str]:
+    """What forward products cannot skip zeros of."""
+    from distill import world
+    from distill.sparsity.semi_structured import PATTERN, of_machine
+
+    for pattern in sorted(map(str, kept - {PATTERN})):
+        found = "without a pattern" if pattern == "None" else pattern
+        yield f"masks are {found}, and kernels skip zeros that are 2:4; `pattern: 2:4` of sparsify draws such masks"
+    if precision == "fp32":
+        yield "kernels for 2:4 are those of 16 bits; engine.precision bf16 or fp16"
+    yield from of_machine(world.device())
 
 
 def _of_change(hook: Sparsify, sparse: bool, train: Any) -> Iterator[str]:

@@ -9,7 +9,7 @@ reduction, casts and Adam's 0 / (0 + eps) make zero. A mask that changes clears 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distill import world
 from distill.engine import Engine
 from distill.schedules import Progress
+from distill.sparsity.held import HOLD
 from distill.sparsity.rules import Rule, Static
 from growth.bits import packed, unpacked
 from growth.errors import UserError
@@ -28,16 +29,24 @@ FILE = "masks"  # beside the state in a snapshot
 class Masking:
     """Masks of parameters of a module, by name, True where a weight is alive; for one engine.
 
-    One byte a weight on every rank, on ZeRO 3 too. Begun before the engine is made, once it is known what is trained.
-    What no loss reaches keeps its mask, whatever `rule` does to others; every `check_every` steps the guard looks.
+    One byte a weight on every rank, on ZeRO 3 too, or with `hold: bits` one bit, but where masks change. Begun before
+    the engine is made, once it is known what is trained. What no loss reaches keeps its mask, whatever `rule` does to
+    others; every `check_every` steps the guard looks.
     """
 
     def __init__(
-        self, module: nn.Module, masks: Mapping[str, Tensor], rule: Rule | None = None, check_every: int = 100
+        self,
+        module: nn.Module,
+        masks: Mapping[str, Tensor],
+        rule: Rule | None = None,
+        check_every: int = 100,
+        hold: str = "bools",
     ):
         named = dict(module.named_parameters())
         self.trained = frozenset(name for name in masks if named[name].requires_grad)
-        self.dead = {name: ~mask.to(named[name].device) for name, mask in masks.items()}
+        self.dead: MutableMapping[str, Tensor] = HOLD[hold]()
+        self.dead.update((name, ~mask.to(named[name].device)) for name, mask in masks.items())
+        self.sizes = {name: mask.numel() for name, mask in masks.items()}
         self.rule, self.check_every = rule or Static(), check_every
         self._gradients: dict[str, Tensor] | None = None
         self._count: dict[str, int] | None = None  # counted anew when masks have changed
@@ -52,10 +61,6 @@ class Masking:
         if self._gradients is not None:
             self._gradients[name] += gradient
         return gradient.masked_fill(self.dead[name], 0.0)  # fills: infinity or NaN times zero would be NaN
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        return {name: ~dead for name, dead in self.dead.items()}
 
     # In a run
 
@@ -114,7 +119,7 @@ class Masking:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a snapshot keeps: one bit a weight."""
-        masks = {name: packed(mask.cpu()) for name, mask in self.masks.items()}
+        masks = {name: packed(~dead.cpu()) for name, dead in self.dead.items()}
         return {FILE: masks} if masks else {}
 
     def load(self, read: Callable[[str], Mapping[str, Tensor]]) -> None:
@@ -132,13 +137,13 @@ class Masking:
     def alive(self) -> dict[str, int]:
         """Live weights of every mask."""
         if self._count is None:
-            self._count = {name: dead.numel() - int(dead.sum()) for name, dead in self.dead.items()}
+            self._count = {name: self.sizes[name] - int(dead.sum()) for name, dead in self.dead.items()}
         return self._count
 
     @property
     def masked(self) -> int:
         """Weights that have a mask."""
-        return sum(dead.numel() for dead in self.dead.values())
+        return sum(self.sizes.values())
 
 
 @torch.no_grad()

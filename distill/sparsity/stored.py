@@ -13,7 +13,7 @@ import growth
 from distill import loading
 from growth import masks
 from growth.anatomy import Anatomy, dissect
-from growth.bits import FILE, write_masks
+from growth.bits import FILE, read_masks, write_masks
 from growth.bits import Mask as Bits
 from growth.errors import UserError
 from growth.parameters import name_in_memory
@@ -43,6 +43,11 @@ def read(directory: Path) -> dict[str, Held]:
             facts[name_in_memory(slot, anatomy)] = found[name].pattern, slot.row.spec.consumed - len(slot.shape)
     alive = masks.by_parameter(found, anatomy)
     return {name.removeprefix(anatomy.prefix): Held(mask, *facts[name]) for name, mask in alive.items()}
+
+
+def masked(directory: Path) -> int:
+    """Weights that have a mask, as the headers say."""
+    return sum(mask.size for mask in read_masks(Path(directory) / FILE).values())
 
 
 def write(directory: Path, held: Mapping[str, Held]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from distill import loading
 from distill.cost import Cost
 from distill.engine import Engine
 from distill.schedules import Progress
-from distill.sparsity import stored
+from distill.sparsity import semi_structured, stored
 from distill.sparsity.choosing import Groups
 from distill.sparsity.masking import Masking
 from distill.sparsity.rules import Prune, Rewire, Rule
+from distill.sparsity.semi_structured import Product
 from distill.sparsity.stored import Held
 from distill.sparsity.values import Mask, Sparsify
 from growth import families
@@ -30,22 +30,30 @@ KEEP = "hooks: [{mask: {}}] keeps them; `densify` in a grow stage, or `growth de
 class Sparse:
     """Without a hook that keeps masks there are none, and nothing is done."""
 
-    def __init__(self, hooks: Sequence[Any], lesson: nn.Module, start: Path, seed: int):
+    def __init__(
+        self, hooks: Sequence[Any], lesson: nn.Module, start: Path, seed: int, product: Product = semi_structured.on_gpu
+    ):
         hook = next((hook for hook in hooks if isinstance(hook, Mask | Sparsify)), None)
-        self.student, self.held = lesson.student, _held(hook, start)
-        self.names = _names(self.student, self.held)
-        masks = {name: self.held[inside].alive for name, inside in self.names.items()}
-        self.masking = Masking(lesson, masks, self._rule(hook, seed), hook.check_every if hook else 1)
+        self.student, held = lesson.student, _held(hook, start)
+        self.names = _names(self.student, held)
+        self.patterns = {name: (held[inside].pattern, held[inside].dim) for name, inside in self.names.items()}
+        masks = {name: held[inside].alive for name, inside in self.names.items()}
+        how = {"check_every": hook.check_every, "hold": hook.hold} if hook else {}
+        self.masking = Masking(lesson, masks, self._rule(hook, seed), **how)
         self.parameters = sum(p.numel() for p in self.student.parameters())  # before ZeRO 3 takes them apart
         self.used = _used(self.student, lesson, self.names)
+        self.executed = isinstance(hook, Mask) and hook.execute != "dense" and hook.execute  # False: all is dense
+        if self.executed:
+            semi_structured.refuse_misfits(lesson, self.names)
+            semi_structured.place(lesson, self.names, product)
 
     def _rule(self, hook: Mask | Sparsify | None, seed: int) -> Rule | None:
         if not isinstance(hook, Sparsify):
             return None
         if hook.how == "magnitude":
             return Prune(hook)
-        patterns = {name: held for name, inside in self.names.items() if (held := self.held[inside]).pattern}
-        return Rewire(hook, seed, {name: Groups(one.dim, group(one.pattern)[1]) for name, one in patterns.items()})
+        patterns = self.patterns.items()
+        return Rewire(hook, seed, {name: Groups(dim, group(how)[1]) for name, (how, dim) in patterns if how})
 
     # In a run; all of these are collective
 
@@ -64,7 +72,7 @@ class Sparse:
 
     def after(self, engine: Engine, progress: Progress, cost: Cost) -> dict[str, Any]:
         """It is done; what its log entry says of it. Then masks change, if they do."""
-        told = self._told(cost) if self.held else {}
+        told = self._told(cost) if self.names else {}
         self.masking.after(engine, progress)
         return told
 
@@ -76,17 +84,17 @@ class Sparse:
     def beside(self, engine: Engine) -> list[Callable[[Path], None]]:
         """What writes the masks beside the export, once it is sure likewise; nothing where there are none."""
         self.masking.check(engine)
-        return [self._write] if self.held else []
+        return [self._write] if self.names else []
 
     def _write(self, directory: Path) -> None:
-        masks = {inside: ~self.masking.dead[name] for name, inside in self.names.items()}
-        stored.write(directory, {inside: replace(self.held[inside], alive=mask) for inside, mask in masks.items()})
+        dead = self.masking.dead
+        stored.write(directory, {own: Held(~dead[name], *self.patterns[name]) for name, own in self.names.items()})
 
     # Numbers
 
     def _told(self, cost: Cost) -> dict[str, Any]:
-        """What the step would cost if dead weights cost nothing. They do cost: what is executed is dense."""
-        dead = {name: mask.numel() - self.masking.alive[name] for name, mask in self.masking.dead.items()}
+        """What the step would cost if dead weights cost nothing. They do cost where what is executed is dense."""
+        dead = {name: size - self.masking.alive[name] for name, size in self.masking.sizes.items()}
         saved = sum(self.used[name] * n for name, n in dead.items()) * cost.tokens
         passes = 4 if self.masking.listening else 6  # of a gradient that is wanted dense nothing is saved
         return {
@@ -96,8 +104,8 @@ class Sparse:
         }
 
     def summary(self, entries: Sequence[dict]) -> dict[str, Any]:
-        """For the metrics of the stage. FLOPs that are modelled are no time saved: nothing sparse is executed."""
-        if not self.held:
+        """For the metrics of the stage. FLOPs that are modelled are no time saved; what is executed sparse is told."""
+        if not self.names:
             return {}
         alive = sum(self.masking.alive.values())
         return {
@@ -106,7 +114,7 @@ class Sparse:
                 "density_all": 1 - (self.masking.masked - alive) / self.parameters,
                 "density_mean": average((1, entry["density"]) for entry in entries),
                 "flops_modelled": sum(entry["step_flops_modelled"] for entry in entries),
-                "executed_sparse": False,
+                "executed_sparse": self.executed,
             }
         }
 

@@ -22,6 +22,9 @@ RIGL = Schedule(unit="fraction", points=[(0, 0.3), (0.75, 0.0)], shape="cosine")
 
 class _Keeps(Value):
     check_every: Positive = Field(100, description="steps between two looks at whether what is dead is zero")
+    hold: Literal["bools", "bits"] = Field(
+        "bools", description="masks in memory: a byte a weight, or a bit that every step unpacks"
+    )
 
     def check(self, student, objectives: Iterable) -> list[str]:
         return []
@@ -37,6 +40,9 @@ class Mask(_Keeps):
     """What masks call dead stays exactly zero (SPDF, Thangarasa et al. 2023, arXiv 2303.10464)."""
 
     from_: str | None = Field(None, alias="from", description="a sparse model or stage; null: the student's own masks")
+    execute: Literal["dense", "2:4"] = Field(
+        "dense", description="2:4: forward products skip the zeros of masks with this pattern, on a GPU in 16 bits"
+    )
 
 
 class Sparsify(_Keeps):

@@ -51,6 +51,7 @@ class Cost:
     passes: Mapping[str | None, int] = field(default_factory=lambda: {None: 1})  # of the student (None) and each target
     taught: Mapping[str, tuple[Texts, ...]] = field(default_factory=dict)  # what teachers read, where it is different
     runs: int = 1  # micro-batches of a step, on all ranks
+    halved: int = 0  # weights of which a forward product skips every second one; in forecasts none
 
     @property
     def tokens(self) -> int:
@@ -62,7 +63,12 @@ class Cost:
         part = part or Part(len(self.student.blocks))
         ran, learned = (forward(self._through(first, part.depth), self.texts) for first in (0, part.first))
         again = 3 * (self.passes[None] - 1) * forward(work(self.student, head=False), self.texts)
-        return ran + 2 * learned + again + self.student.rebuilt * self.runs * self.passes[None]
+        return ran + 2 * learned + again + self.student.rebuilt * self.runs * self.passes[None] - self.skipped
+
+    @property
+    def skipped(self) -> int:
+        """FLOPs of a step that sparse products leave out."""
+        return self.halved * self.tokens * self.passes[None]
 
     def _through(self, first: int, depth: int) -> Work:
         """Work of the student without the blocks below `first` and from `depth` on."""
@@ -91,7 +97,12 @@ class Cost:
 
 
 def cost_of(
-    spec: TrainSpec, student: Facts, teachers: Mapping[str, tuple[Facts, ...]], length: int, runs: int = 1
+    spec: TrainSpec,
+    student: Facts,
+    teachers: Mapping[str, tuple[Facts, ...]],
+    length: int,
+    runs: int = 1,
+    halved: int = 0,
 ) -> Cost:
     """Of a train stage on rows of this length, so many micro-batches a step."""
     objectives = [objective for _, objective in spec.objectives()]
@@ -104,6 +115,7 @@ def cost_of(
         passes=views.passes(dict(enumerate(objectives))),
         parts=hooks.parts(spec.hook_values()),
         runs=runs,
+        halved=halved,
     )
 
 

@@ -13,6 +13,7 @@ from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson
 from distill.lowrank import counting, students
 from distill.preflight import micro_batch
 from distill.schedules import Progress
+from distill.sparsity import stored
 from distill.sparsity.values import Mask
 from distill.teachers.targets import Source, Targets, opened
 
@@ -60,7 +61,11 @@ class Language:
             for name, t in self.spec.targets.items()
         }
         optim, rows = self.spec.optim, micro_batch(self.context.recipe.engine, self.spec.optim, world.size())
-        return cost_of(self.spec, student, teachers, self.corpus.length, optim.batch // rows)
+        return cost_of(self.spec, student, teachers, self.corpus.length, optim.batch // rows, self._halved())
+
+    def _halved(self) -> int:
+        skips = any(hook.execute == "2:4" for hook in self.spec.hook_values() if isinstance(hook, Mask))
+        return stored.masked(self.start) if skips else 0
 
     @property
     def _kept(self):

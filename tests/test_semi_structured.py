@@ -5,6 +5,8 @@ Without a GPU the kernel is stood in for by `skipping`, which knows two weights 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -15,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 import growth
 from distill import models
+from distill.cost import Cost
 from distill.lesson import Lesson
 from distill.objectives import OBJECTIVES
-from distill.sparsity import semi_structured
+from distill.sparsity import semi_structured, stored
 from distill.sparsity.semi_structured import SemiStructured
 from distill.sparsity.student import Sparse
 from distill.sparsity.values import Mask
@@ -94,6 +97,11 @@ def test_a_student_learns_as_with_dense_products_and_is_exported_by_the_same_nam
     assert all(torch.allclose(found[name], wanted[name], atol=1e-9, rtol=0) for name in wanted)
     placed = [m for m in sparse.student.modules() if isinstance(m, SemiStructured)]
     assert len(placed) == len(masks.read(start)) and (dense.executed, sparse.executed) == (False, "2:4")
+    whole = Cost(models.facts(start), True, {}, frozenset(), texts=((2, 9),))
+    halved = replace(whole, halved=stored.masked(start))
+    forward = 2 * 18 * sum(mask.size for mask in masks.read(start).values())
+    assert whole.step() - halved.step() == forward // 2  # what is executed; what is modelled stays
+    assert sparse.told(halved)["step_flops_modelled"] == dense.told(whole)["step_flops_modelled"]
 
 
 @pytest.mark.parametrize(

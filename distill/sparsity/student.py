@@ -72,7 +72,7 @@ class Sparse:
 
     def after(self, engine: Engine, progress: Progress, cost: Cost) -> dict[str, Any]:
         """It is done; what its log entry says of it. Then masks change, if they do."""
-        told = self._told(cost) if self.names else {}
+        told = self.told(cost) if self.names else {}
         self.masking.after(engine, progress)
         return told
 
@@ -92,7 +92,7 @@ class Sparse:
 
     # Numbers
 
-    def _told(self, cost: Cost) -> dict[str, Any]:
+    def told(self, cost: Cost) -> dict[str, Any]:
         """What the step would cost if dead weights cost nothing. They do cost where what is executed is dense."""
         dead = {name: size - self.masking.alive[name] for name, size in self.masking.sizes.items()}
         saved = sum(self.used[name] * n for name, n in dead.items()) * cost.tokens
@@ -100,7 +100,7 @@ class Sparse:
         return {
             "density": 1 - sum(dead.values()) / self.masking.masked,
             "density_all": 1 - sum(dead.values()) / self.parameters,
-            "step_flops_modelled": cost.step() - round((passes + 6 * (cost.passes[None] - 1)) * saved),
+            "step_flops_modelled": cost.step() + cost.skipped - round((passes + 6 * (cost.passes[None] - 1)) * saved),
         }
 
     def summary(self, entries: Sequence[dict]) -> dict[str, Any]:

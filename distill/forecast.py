@@ -32,11 +32,11 @@ ACTIVATIONS = (
 BYTES_A_TOKEN = 4  # of English text, in a vocabulary of 30 thousand pieces
 STDLIB_BYTES = 1_400_000  # prose of CPython 3.10 to 3.13, about
 NOTES = (
-    "forecast, not measured. FLOPs of a row of T tokens = 6 N T + 12 A T T of the student (a third of it forward, two",
-    "thirds back through what is updated), 2 N T + 4 A T T of teachers; N = weights of matrices, the table of tokens only",
-    "where a head reads it; A = channels of attention, over all layers; T of rankers: as long as texts may be. Before:",
-    "what the stages cost that a student was made from. Trainable is at most what is shown: what no loss reaches is found",
-    "at the first batch and frozen.",
+    "forecast, not measured. FLOPs of a row of T tokens = 6 N T + 12 A T T of the student (a third of it forward, the",
+    "rest back through what is updated), 2 N T + 4 A T T of teachers; N = weights of matrices, the table of tokens",
+    "only where a head reads it; A = channels of attention, over all layers; T of rankers: as long as texts may be.",
+    "Before: what the stages cost that a student was made from. Trainable is at most what is shown: what no loss",
+    "reaches is found at the first batch and frozen.",
     f"Memory is that of one rank, activations {ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in",
     "fp32), losses and libraries not counted.",
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distill import extent, hooks, snapshot, sources, world
+from distill import extent, hooks, memory, snapshot, sources, world
 from distill.cost import as_much_as
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
@@ -43,6 +43,7 @@ class Terminated(SystemExit):
 def train(spec, context, directory: Path) -> dict:
     """Run or resume the stage in `directory`; writes start/, snapshots/, log.jsonl and model/, returns its metrics."""
     world.start()
+    memory.forget_peak()
     return Stage(spec, context, directory).run()
 
 
@@ -117,6 +118,7 @@ class Stage:
             },
             "seconds": round(seconds, 2),
             "tokens_per_second": last["tokens"] / seconds,
+            "memory": max(entry["memory"] for entry in entries),
             **self.subject.summary(entries),
             **self.sparse.summary(entries),
             **({"heldout": last["heldout"]} if "heldout" in last else {}),
@@ -232,7 +234,7 @@ class Stage:
             "seconds": seconds,
             "teacher_share": teaching / seconds,
             "teacher_forwards": {name: n - before[name] for name, n in self.targets.calls.items()},
-            "memory": memory(),
+            "memory": memory.peak(),
         }, bool(stop)
 
     def _active(self, progress: Progress) -> dict[str, Objective]:
@@ -285,15 +287,6 @@ class Stage:
         beside = self.sparse.beside(engine)
         trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
         world.first(lambda: self.subject.export(trained, self.directory / "model", *beside))
-
-
-def memory() -> int:
-    """Peak bytes: of the device's allocator on CUDA, of the process elsewhere."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _note(entry: dict) -> str:

@@ -117,10 +117,12 @@ _running = _Stack()
 
 
 def heard_by(run: Callable, block: nn.Module, listener: Listener) -> Callable:
+    """What is to run now, and perhaps again in backward, when it is no longer known which layer's turn it is."""
+    mine = listener.mine
     configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}.values()
 
     def heard(*args, **kwargs):
-        listener.heard = not listener.mine
+        listener.heard = not mine
         _running.listeners.append(listener)
         try:
             with _switched(configs):

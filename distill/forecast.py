@@ -29,6 +29,7 @@ UTILISATION = 0.3  # share of a plain matrix product's speed that training reach
 ACTIVATIONS = (
     34  # bytes a token, layer and hidden unit at 16 bits, fused attention (Korthikanti et al. 2022, 2205.05198)
 )
+INPUTS = 2  # of these, what goes into a layer: all that checkpointing keeps of it
 BYTES_A_TOKEN = 4  # of English text, in a vocabulary of 30 thousand pieces
 STDLIB_BYTES = 1_400_000  # prose of CPython 3.10 to 3.13, about
 NOTES = (
@@ -38,7 +39,8 @@ NOTES = (
     "Before: what the stages cost that a student was made from. Trainable is at most what is shown: what no loss",
     "reaches is found at the first batch and frozen.",
     f"Memory is that of one rank, activations {ACTIVATIONS} bytes x tokens x layers x width at 16 bits (twice that in",
-    "fp32), losses and libraries not counted.",
+    f"fp32; with checkpointing {INPUTS} a layer and {ACTIVATIONS} for one of them, for a third more time), losses and",
+    "libraries not counted.",
 )
 
 
@@ -55,6 +57,7 @@ class Forecast:
     flops: float | None  # of the student
     flops_before: float | None  # of the train stages that the student was made from
     teacher_flops: float | None
+    again: float | None  # FLOPs of what runs a second time in backward
     memory: dict[str, float]
     disk: float
 
@@ -146,6 +149,7 @@ def forecast(stage: Stage, planned: Planned, ranks: int) -> Forecast:
         flops=_times(steps, cost.mean),
         flops_before=as_much_as(recipe, stage.origin, lambda s: _amount(s, planned, "flops")),
         teacher_flops=_times(steps, cost.teaching(cost.teachers)),
+        again=_times(steps, cost.mean / 3 if recipe.engine.checkpointing else 0),
         memory=memory(student, cost, recipe.engine, spec, ranks),
         disk=disk(student.parameters, spec),
     )
@@ -218,8 +222,13 @@ def memory(student, cost: Cost, engine: EngineSpec, spec, ranks: int) -> dict[st
         "gradients": n * narrow / share[1],
         "weights": n * narrow / share[2],
         "teachers": float(sum(t.parameters for t in teachers) * narrow),
-        "activations": tokens * student.layers * student.widths["hidden"] * ACTIVATIONS * narrow / 2,
+        "activations": tokens * student.widths["hidden"] * _kept(student.layers, engine) * narrow / 2,
     }
+
+
+def _kept(layers: int, engine: EngineSpec) -> int:
+    """Bytes of activations at once for each token and hidden unit, at 16 bits."""
+    return layers * INPUTS + ACTIVATIONS if engine.checkpointing else layers * ACTIVATIONS
 
 
 def disk(parameters: int, spec) -> float:
@@ -238,7 +247,7 @@ def _stages(rows: list[Forecast], seeds: int, speed: float) -> tuple[list[str], 
             _or_unknown(row.tokens and row.tokens * seeds, count),
             *(_or_unknown(n and n * seeds, _flops) for n in (row.flops, row.flops_before, row.teacher_flops)),
             size(row.disk * seeds),
-            _or_unknown(row.flops and (row.flops + row.teacher_flops) * seeds / speed, seconds),
+            _or_unknown(row.flops and (row.flops + row.teacher_flops + row.again) * seeds / speed, seconds),
         ]
         for row in rows
     ]

@@ -9,8 +9,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from distill import corpus, views, world
+from distill import corpus, taps, views, world
 from distill.corpus.masking import NONE
+from distill.forwards import recomputed
 from distill.hooks import Part, taking_part
 from distill.objectives.protocol import Objective, View
 from distill.schedules import Progress, fixed
@@ -25,12 +26,14 @@ HELDOUT_SEED = 0  # of its masks: a constant of the measure, not of the run
 
 
 class Lesson(nn.Module):
-    """Student and objectives as one module, so that one forward pass and one backward pass go through the engine."""
+    """Student and objectives as one module, so that one forward pass and one backward pass go through the engine.
 
-    def __init__(self, student: nn.Module, objectives: dict):
+    `checkpointing`: the student's blocks run again in backward, for what happens inside them is not kept.
+    """
+
+    def __init__(self, student: nn.Module, objectives: dict, checkpointing: bool = False):
         super().__init__()
-        self.student = student
-        self.objectives = objectives
+        self.student, self.objectives, self.checkpointing = student, objectives, checkpointing
 
     def forward(
         self,
@@ -44,7 +47,7 @@ class Lesson(nn.Module):
         `active`: those that count at this step, with their schedules as the numbers that they are there.
         """
         terms = {}
-        with taking_part(self.student, part):
+        with self._recomputing(), taking_part(self.student, part):
             for view, reading in views.wanted(self.objectives, active).items():
                 seen = traced(self.student, views.of(batch, view), reading.values(), "student")
                 for name in reading:
@@ -52,6 +55,10 @@ class Lesson(nn.Module):
                     found = active[name].terms(seen, taught, batch)
                     terms.update({f"{name}.{term}": value for term, value in found.items()})
         return terms
+
+    def _recomputing(self):
+        blocks = taps.layers(self.student.base_model) if self.checkpointing else ()
+        return recomputed(block for block, _ in blocks)
 
 
 def named_losses(spec) -> dict:

@@ -24,6 +24,9 @@ class EngineSpec(Value):
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: what is sharded over ranks")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward and backward pass")
     micro_batch: Positive | None = Field(None, description="rows of one forward pass on one rank; null: all of a step")
+    checkpointing: bool = Field(
+        False, description="activation checkpointing of the student: less memory for one more of its forward passes"
+    )
     deepspeed: dict[str, Any] = Field({}, description="passed through to DeepSpeed's configuration")
 
     @property

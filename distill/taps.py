@@ -12,13 +12,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from distill import classifiers, heads, layout, loading
 from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
+from distill.forwards import Recomputed, replaced
 from distill.heads import Logits, Mixture
 from distill.objectives.crossing import Scores
 from growth.errors import UserError, did_you_mean
@@ -76,9 +77,9 @@ def trace(
     rows: Tensor | None = None,
     *,
     classify: bool = False,
+    layers: int | None = None,
 ) -> Trace:
     """One forward pass over a batch; `rows` are the flat positions b*T+t whose logits are wanted.
-    layers: int | None = None,
 
     Without rows the head does not run. With rows the model's own head runs on those positions alone, whatever it is
     made of (a transform, a tied decoder), up to its last linear layer; what follows (a scale, a cap) is found out.
@@ -222,12 +223,12 @@ def _attach(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
     if listener.asked.keys() & set(IN_ATTENTION):
         replace = _replaying if _recomputed(block) else _listening
         replace(block, listener, undo)
-    if "hidden" in listener.asked:
     if "input" in listener.asked:
         hook = block.register_forward_pre_hook(
             lambda module, arguments, named: listener.record("input", _given(arguments, named)), with_kwargs=True
         )
         undo.callback(hook.remove)
+    if "hidden" in listener.asked:
         hook = block.register_forward_hook(lambda module, arguments, output: listener.record("hidden", _first(output)))
         undo.callback(hook.remove)
 
@@ -237,20 +238,19 @@ def _recomputed(block: nn.Module) -> bool:
     return checkpointing and block.training
 
 
-def _first(output):
 def _given(arguments: tuple, named: dict) -> Tensor:
     return arguments[0] if arguments else named["hidden_states"]
 
 
+def _first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
 def _listening(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
-    """Listen whenever the block runs."""
-    before = block.forward
-    own = "forward" in vars(block)
-    block.forward = heard_by(before, block, listener)
-    undo.callback(setattr, block, "forward", before) if own else undo.callback(delattr, block, "forward")
+    """Listen whenever the block runs, and when it runs again."""
+    before, around = block.forward, partial(heard_by, block=block, listener=listener)
+    again = before.within(around) if isinstance(before, Recomputed) else None
+    undo.enter_context(replaced(block, again or (lambda *given, **named: around(before)(*given, **named))))
 
 
 def _replaying(block: nn.Module, listener: Listener, undo: ExitStack) -> None:

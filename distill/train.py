@@ -75,7 +75,7 @@ class Stage:
         self.steps = extent.steps(directory.name, spec, context, self.subject.corpus, self.cost)
         self.student = self.subject.load()
         self.student.train(spec.dropout)
-        self.lesson = Lesson(self.student, self.objectives)
+        self.lesson = Lesson(self.student, self.objectives, context.recipe.engine.checkpointing)
         self.targets = Targets({name: self.subject.source(name) for name in spec.targets}, self.objectives)
         self.data = self.subject.data(self.targets, self.micro_batch, self.offset)
         heldout = self.subject.heldout if spec.evaluate_every else None

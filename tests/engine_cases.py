@@ -26,6 +26,15 @@ STAGE = int(sys.argv[1]) if __name__ == "__main__" else 0
 LENGTH, BATCH, LR = 24, 8, 0.01
 OPTIM = {"batch": BATCH, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
 
+LET_GO = {  # of parameters at once, as ZeRO-3 does of big ones
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+
 
 class Rows:
     """Packed rows made from their position alone: two or three documents of uneven length, some padding, MLM labels."""
@@ -50,13 +59,13 @@ class Rows:
         }
 
 
-def parts(micro_batch: int, packed: bool = True):
+def parts(micro_batch: int, packed: bool = True, checkpointing: bool = False):
     """A student of two losses, its teacher, and the data."""
     objectives = {
         "relation_kl": OBJECTIVES["relation_kl"](target="t", relations=["qq", "kk", "vv"], heads=6),
         "ce": OBJECTIVES["ce"](objective="mlm"),
     }
-    lesson = Lesson(tiny.model("bert", head="mlm", seed=1), objectives)
+    lesson = Lesson(tiny.model("bert", head="mlm", seed=1), objectives, checkpointing)
     targets = Targets({"t": Online(freeze(tiny.model("bert", seed=2)))}, objectives)
     return lesson, targets, Data(Rows(), BATCH, micro_batch, packed, torch.device("cpu"))
 
@@ -64,11 +73,18 @@ def parts(micro_batch: int, packed: bool = True):
 class Run:
     """The loop of train.py without the recipe around it."""
 
-    def __init__(self, precision: str = "fp32", micro_batch: int = 2, packed: bool = True, clip: float = 1.0):
-        self.lesson, self.targets, self.data = parts(micro_batch, packed)
+    def __init__(
+        self,
+        precision: str = "fp32",
+        micro_batch: int = 2,
+        packed: bool = True,
+        clip: float = 1.0,
+        checkpointing: bool = False,
+    ):
+        self.lesson, self.targets, self.data = parts(micro_batch, packed, checkpointing)
         freeze_unreachable(self.lesson, self.targets, self.data)
         self.targets.models[0].to(torch.bfloat16 if precision == "bf16" else torch.float32)
-        spec = SimpleNamespace(zero=STAGE, precision=precision, deepspeed={})
+        spec = SimpleNamespace(zero=STAGE, precision=precision, deepspeed=LET_GO if checkpointing and STAGE else {})
         optim = SimpleNamespace(**OPTIM | {"clip": clip})
         self.engine = Engine(self.lesson, spec, optim, micro_batch)
 
@@ -101,7 +117,10 @@ class Run:
 
 
 def resumes(precision: str) -> bool:
-    """Three steps, a snapshot on disk, two more: against two steps of a new engine that has read the snapshot."""
+    """Three steps, a snapshot on disk, two more: against two steps of a new engine that has read the snapshot.
+
+    The new one recomputes activations, which changes no bit either.
+    """
     run = Run(precision)
     for step in range(3):
         run.step(step)
@@ -110,7 +129,7 @@ def resumes(precision: str) -> bool:
         path = snapshot.save(parent, 3, run.engine, belongs, {"position": 3 * BATCH})
         losses, end = [run.step(3), run.step(4)], run.state()
         run.engine.close()
-        again = Run(precision)
+        again = Run(precision, checkpointing=True)
         assert snapshot.latest(parent) == path
         assert snapshot.restore(path, again.engine, belongs)["step"] == 3
         try:

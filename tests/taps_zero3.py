@@ -1,6 +1,7 @@
-"""Gradients under ZeRO-3 with activation checkpointing, against a plain model: `taps_zero3.py FAMILY|FAMILY.HEAD`
+"""Gradients under ZeRO-3 with activation checkpointing, against a plain model: `taps_zero3.py FAMILY|FAMILY.HEAD ...`
 
-Of tapped values, or with a head (bert.mlm, qwen2.causal) of losses on its own weights, tied or not.
+Of tapped values, or with a head (bert.mlm, qwen2.causal) of losses on its own weights, tied or not. Checkpointing is
+ours; with `!` before the name it is that of transformers.
 Parameters are let go of at once, as those of a big model are: without `taps.Keep` DeepSpeed then crashes in backward.
 """
 
@@ -14,6 +15,7 @@ import torch
 
 from distill import taps, world
 from distill.engine import _deepspeed
+from distill.forwards import recomputed
 from distill.objectives import cross_entropy, divergence
 
 CONFIG = {
@@ -34,15 +36,19 @@ CONFIG = {
 class Lesson(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.checkpointing = model, False
 
     def forward(self, batch):
+        with recomputed(block for block, _ in (taps.layers(self.model.base_model) if self.checkpointing else ())):
+            return self.loss(batch)
+
+    def loss(self, batch):
         tapped = taps.trace(self.model, batch, [taps.Tap("value", layer) for layer in (1, -1)]).taps
         return sum(value.square().mean() for value in tapped.values())
 
 
 class Head(Lesson):
-    def forward(self, batch):
+    def loss(self, batch):
         rows = torch.tensor([0, 1, 5, 12, 13], device=world.device())
         head = taps.trace(self.model, batch, [], rows).head
         teacher = torch.randn(5, tiny.VOCAB, generator=torch.Generator().manual_seed(3)).to(world.device())
@@ -57,8 +63,10 @@ def lesson(name: str) -> Lesson:
 
 def gap(name: str, deepspeed) -> float:
     """How far the gradient is from the plain model's, relative to its norm."""
-    sharded, plain = lesson(name), lesson(name)
-    sharded.model.activation_checkpointing_enable()
+    sharded, plain = lesson(name.strip("!")), lesson(name.strip("!"))
+    sharded.checkpointing = not name.startswith("!")
+    if not sharded.checkpointing:
+        sharded.model.activation_checkpointing_enable()
     engine, *_ = deepspeed.initialize(model=sharded, model_parameters=list(sharded.parameters()), config=CONFIG)
     batch = {name: t.to(world.device()) for name, t in tiny.batch([[11], [7], [1]], 11).items()}
     for module, backward in ((engine, engine.backward), (plain, torch.Tensor.backward)):

@@ -218,6 +218,9 @@ def test_flops_are_six_n_d_and_two_n_d_and_sharding_divides_what_its_stage_says(
     assert [m["gradients"] for m in sharded] == [4 * n, 2 * n, 2 * n]
     assert [m["weights"] for m in sharded] == [4 * n, 4 * n, 2 * n]
     assert all(m["activations"] == whole["activations"] / 2 for m in sharded)
+    again = cost(1, "engine.checkpointing=true")  # of one layer: what goes into it, and once its inside, in 4 bytes
+    assert again.memory["activations"] == 8 * 32 * 24 * (2 + 34) * 2
+    assert (cost(1).again, again.again) == (0, again.flops / 3)
 
 
 def test_epochs_are_exact_once_the_corpus_is_prepared(tiny, monkeypatch):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from distill import layout, taps
+from distill.forwards import replaced
 from distill.ranking.encoding import Texts, in_order, inputs, padded
 from distill.ranking.joining import joined
 from distill.ranking.kinds import Join, PreTTKind
@@ -83,19 +84,14 @@ def _only(run: list[nn.Module], blocks: list[nn.Module], hidden: Tensor | None =
     The list handed out keeps what came out of the last.
     """
     kept: list[Tensor] = []
-    hooks = [run[-1].register_forward_hook(lambda *call: kept.append(call[-1]))]
-    if hidden is not None:
-        hooks.append(run[0].register_forward_pre_hook(lambda block, given: (hidden, *given[1:])))
-    skipped = [block for block in blocks if block not in run]
-    for block in skipped:
-        block.forward = lambda given, *_, **__: given
-    try:
+    with ExitStack() as undo:
+        undo.callback(run[-1].register_forward_hook(lambda *call: kept.append(call[-1])).remove)
+        if hidden is not None:
+            undo.callback(run[0].register_forward_pre_hook(lambda block, given: (hidden, *given[1:])).remove)
+        for block in blocks:
+            if block not in run:
+                undo.enter_context(replaced(block, lambda given, *_, **__: given))
         yield kept
-    finally:
-        for block in skipped:
-            del block.forward
-        for hook in hooks:
-            hook.remove()
 
 
 def _numbered(texts: Texts, start: int) -> Texts:

@@ -491,6 +491,37 @@ def test_a_mix_has_its_shares_and_no_row_twice(place, pool, tmp_path):
     assert len(keys) == len(set(keys)) == 33 and sum(key in two for key in keys) == 20  # all of the scarcer one
 
 
+def test_copies_have_other_words_where_words_were_and_nothing_held_out_has_any(place, tmp_path):
+    from distill.specs import TrainTokenizer
+
+    rewriting.retokenize(place / "pool", tmp_path / "pool", train=TrainTokenizer(vocab=300, kind="bpe"))
+    for out in ("more", "again"):
+        found = rewriting.augment(tmp_path / "pool", tmp_path / out, copies=3, share=0.4, seed=1)
+    pool, made, again = (corpus.open(tmp_path / name) for name in ("pool", "more", "again"))
+    assert made.digest == again.digest and found["rows"]["train"] == len(made)
+    assert spelled(tmp_path / "more", "heldout") == spelled(tmp_path / "pool", "heldout")
+    assert list(made.texts)[::4] == list(pool.texts)
+    pairs = [(text, made.texts[4 * i + n]) for i, text in enumerate(pool.texts) for n in (1, 2, 3)]
+    assert all(rewriting.WORD.sub("", text) == rewriting.WORD.sub("", copy) for text, copy in pairs)
+    words = [words for pair in pairs for words in zip(*map(rewriting.WORD.findall, pair), strict=True)]
+    assert sum(one != other for one, other in words) / len(words) == pytest.approx(0.4, abs=0.03)
+    assert {other for one, other in words if one != other} <= set(rewriting.whole_words(made.tokenizer.get_vocab()))
+
+
+@pytest.mark.parametrize("pieces, words", [
+    (["the", "##ing", "cat", "[CLS]", "ab", "a1b", "über"], ["cat", "the", "über"]),
+    (["ing", "Ġthe", "Ġcat", "Ġab", "Ġ12"], ["cat", "the"]),
+    (["ing", "▁the", "▁"], ["the"]),
+])  # fmt: skip
+def test_words_of_a_vocabulary_are_those_that_begin_one(pieces, words):
+    assert rewriting.whole_words(pieces) == words
+
+
+def test_a_vocabulary_without_words_gives_no_copies(place, tmp_path):
+    with pytest.raises(UserError, match="this one has none"):
+        rewriting.augment(place / "pool", tmp_path / "more")
+
+
 def test_corpora_of_other_tokens_are_not_mixed(place, tmp_path):
     rewriting.retokenize(place / "pool", tmp_path / "bytes", plain_tokenizer())
     with pytest.raises(UserError, match="another tokeniser"):
@@ -535,6 +566,8 @@ def test_noise_is_always_the_same_and_of_every_kind():
     ("score", {"teacher": "t", "kind": "nll", "k": 5}, "k: nll counts every token"),
     ("retokenize", {"to": "m", "like": "c"}, "found to and like"),
     ("mix", {"with": {"a": 0.5, "b": 0.5}}, "leaves this corpus nothing"),
+    ("augment", {"share": 0}, "greater than 0"),
+    ("augment", {"copies": 0}, "greater than 0"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused_in_the_recipe(op, fields, words):
     with pytest.raises(ValueError, match=words):

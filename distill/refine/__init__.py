@@ -7,10 +7,12 @@ Each is a function of directories as well:
     refinement.refine("pool", "scores", "better", Rule(keep=0.5))
     rewriting.retokenize("better", "rows", tokens.load("student"), length=1024)
     rewriting.mix("rows", "mixed", {"other": 0.3})
+    rewriting.augment("rows", "more", copies=3, share=0.4)
 """
 
 from __future__ import annotations
 
+from distill.refine.augment import Augment
 from distill.refine.cache import Cache
 from distill.refine.drop_false_negatives import DropFalseNegatives
 from distill.refine.import_scores import ImportScores
@@ -28,6 +30,7 @@ OPS: dict[str, type[DataOp]] = {
     "select": Select,
     "retokenize": Retokenize,
     "mix": Mix,
+    "augment": Augment,
     "cache": Cache,
     "label": Label,
     "mine": Mine,

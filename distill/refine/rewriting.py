@@ -1,9 +1,11 @@
-"""Corpora from corpora: in other tokens, or rows of several. No torch."""
+"""Corpora from corpora: in other tokens, in other words, or rows of several. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from distill.corpus.split import Sides
 from distill.refine.gather import Chosen, gather
 from growth import files
 from growth.errors import UserError
+
+WORD = re.compile(r"[^\W\d_]+")  # letters alone
+MARKED = ("Ġ", "▁")  # how vocabularies of bytes and of sentencepiece mark the beginning of a word
+SHORTEST = 3  # letters of a word that is drawn; below are pieces and single letters
 
 
 def retokenize(src: Path, out: Path, tokenizer=None, *, train=None, length: int | None = None) -> dict[str, Any]:
@@ -34,14 +40,51 @@ def retokenize(src: Path, out: Path, tokenizer=None, *, train=None, length: int 
     return {"rows": made["rows"], "tokens": {side: about["tokens"] for side, about in made["sides"].items()}}
 
 
-def _copied(src: Path, directory: Path, manifest: dict) -> Sides:
-    """The same texts, parts and classes."""
+def augment(src: Path, out: Path, copies: int = 1, share: float = 0.4, seed: int = 0) -> dict[str, Any]:
+    """The texts of the corpus in `src`, and of those to train on copies with this share of their words replaced.
+
+    What is held out stays as it is.
+    """
+    manifest, draw = store.read_manifest(src), random.Random(seed)
+    tokenizer = corpus.open(src).tokenizer
+    words = whole_words(tokenizer.get_vocab())
+
+    def copied(text: str) -> list[str]:
+        return [reworded(text, words, share, draw) for _ in range(copies)]
+
+    with files.committed(out, overwrite=True) as directory:
+        texts = _copied(src, directory, manifest, copied)
+        request = {"augment": [copies, share, seed], "of": manifest["digest"]}
+        fill(directory, texts, tokenizer, manifest["length"], manifest["packing"], request)
+    return {"rows": store.read_manifest(out)["rows"], "words": len(words)}
+
+
+def reworded(text: str, words: list[str], share: float, draw: random.Random) -> str:
+    """Each word is another one with this probability; what stands between words stays."""
+    return WORD.sub(lambda found: draw.choice(words) if draw.random() < share else found[0], text)
+
+
+def whole_words(pieces: Iterable[str]) -> list[str]:
+    """The words of a vocabulary, sorted; where it marks what begins a word, only those."""
+    pieces = list(pieces)
+    begins = [piece[1:] for piece in pieces if piece.startswith(MARKED)] or pieces
+    words = sorted({piece for piece in begins if len(piece) >= SHORTEST and WORD.fullmatch(piece)})
+    if not words:
+        raise UserError("augment draws words from the tokeniser's vocabulary, and this one has none")
+    return words
+
+
+def _copied(
+    src: Path, directory: Path, manifest: dict, copies: Callable[[str], Iterable[str]] = lambda text: ()
+) -> Sides:
+    """The same texts, parts and classes; behind each one to train on its `copies`."""
     texts = Sides(directory, manifest["sides"], manifest["classes"] or ())
     for side in manifest["sides"]:
         text = corpus.open(src, side)
         classes = _classes(text)
         for i, one in enumerate(text.texts):
-            texts.add(one, manifest["parts"][text.texts.parts[i]], side, classes[i])
+            for each in (one, *(copies(one) if side == store.TRAIN else ())):
+                texts.add(each, manifest["parts"][text.texts.parts[i]], side, classes[i])
     texts.close()
     return texts
 

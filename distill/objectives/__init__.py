@@ -1,12 +1,13 @@
 """Losses: frozen values for recipes (`OBJECTIVES`), plain functions on tensors for any other loop. No torch.
 
-from distill.objectives import aligned, cross_entropy, divergence, hidden, relation_kl
+from distill.objectives import aligned, attention_mse, cross_entropy, divergence, hidden, relation_kl
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
+from distill.objectives.attention_scores import AttentionMSE
 from distill.objectives.ce import CrossEntropy
 from distill.objectives.distribution import Divergence
 from distill.objectives.protocol import Needs, Objective
@@ -29,12 +30,14 @@ OBJECTIVES = {
     "divergence": Divergence,
     "aligned": Aligned,
     "hidden": Hidden,
+    "attention_mse": AttentionMSE,
     **RANKING,
 }
 
 # plain function -> the module that brings torch with it
 FUNCTIONS = {
     "relation_kl": "relation_sum",
+    "attention_mse": "relation_sum",
     "cross_entropy": "token_sum",
     "divergence": "token_sum",
     "aligned": "span_sum",
@@ -56,6 +59,7 @@ __all__ = [
     "OBJECTIVES",
     "RANKING",
     "Aligned",
+    "AttentionMSE",
     "Contrastive",
     "CrossEntropy",
     "Divergence",

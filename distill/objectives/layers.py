@@ -17,7 +17,7 @@ def number(layer: Layer) -> int:
 
 
 def mistakes(key: str, layer: Layer, facts) -> list[str]:
-    if layer == "last" or -facts.layers <= layer < facts.layers:
+    if isinstance(layer, str) or -facts.layers <= layer < facts.layers:
         return []
     return [f"{key}={layer}: the {facts.family} has {facts.layers} layers, 0 to {facts.layers - 1}"]
 
@@ -27,6 +27,19 @@ def mistakes(key: str, layer: Layer, facts) -> list[str]:
 
 def listed(layers) -> tuple:
     return layers if isinstance(layers, tuple) else (layers,)
+
+
+def paired(student, teacher) -> list[tuple]:
+    """(of the student, of the teacher)."""
+    return list(zip(listed(student), listed(teacher), strict=True))
+
+
+def beyond(pair: tuple, student, target) -> list[str]:
+    """What is wrong with a layer of the student and one of its teacher."""
+    return [
+        *mistakes("student_layer", pair[0], student),
+        *mistakes("teacher_layer", pair[1], target),
+    ]
 
 
 def named(layer) -> str:

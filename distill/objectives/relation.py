@@ -58,34 +58,27 @@ class RelationKL(Value):
             raise ValueError(wrong)
         return self
 
-    def heads_of(self, relation: str) -> int:
+    def heads_of(self, relation: str) -> int | None:
+        """None: the models' own."""
+        if relation == "attention":
+            return None
         return self.heads[relation] if isinstance(self.heads, dict) else self.heads
 
     def needs(self) -> Needs:
         from distill.taps import Tap
 
-        roles = {role for relation in self.relations for role in _roles(relation)}
+        read = {role for relation in self.relations for role in roles(relation)}
         sides = layers.number(self.student_layer), layers.number(self.teacher_layer)
-        return Needs(*(frozenset(Tap(role, layer) for role in roles) for layer in sides))
+        return Needs(*(frozenset(Tap(role, layer) for role in read) for layer in sides))
 
     def check(self, student, target) -> list[str]:
-        wrong = [
-            *layers.mistakes("student_layer", self.student_layer, student),
-            *layers.mistakes("teacher_layer", self.teacher_layer, target),
-        ]
-        outside = [(name, facts) for name, facts in (("student", student), ("teacher", target)) if facts.heads is None]
-        if outside:
-            return wrong + [
-                f"the {name}'s attention ({facts.family}) does not pass through the attention interface of "
-                "transformers, so its queries, keys and values cannot be had; hidden states and logits can"
-                for name, facts in outside
-            ]
-        if student.causal != target.causal:
-            sees = {True: "only the tokens before", False: "all tokens"}
-            wrong.append(f"the student sees {sees[student.causal]}, the teacher {sees[target.causal]}")
+        wrong = layers.beyond((self.student_layer, self.teacher_layer), student, target)
         models = {"student": student, "teacher": target}
+        if outside := untapped(models):
+            return wrong + outside
+        wrong += unlike(models)
         if "attention" in self.relations:
-            wrong += _attention_mistakes(models)
+            wrong += unequal_attention(models)
         return wrong + self._head_mistakes(models)
 
     def _head_mistakes(self, models: dict) -> list[str]:
@@ -93,8 +86,7 @@ class RelationKL(Value):
         widths = {relation: {name: _widths(facts, relation) for name, facts in models.items()}
                   for relation in self.relations if relation != "attention"}  # fmt: skip
         unequal = [
-            f"{relation}: the {name}'s {' and '.join(_roles(relation))} are {left} and {right} wide; "
-            "they need one width"
+            f"{relation}: the {name}'s {' and '.join(roles(relation))} are {left} and {right} wide; they need one width"
             for relation, sides in widths.items()
             for name, (left, right) in sides.items()
             if left != right
@@ -127,27 +119,33 @@ class RelationKL(Value):
         from distill.objectives.segments import groups
 
         problems = groups(batch["segment_ids"])
-        return {relation: self._term(relation, student, target, problems) for relation in self.relations}
-
-    def _term(self, relation: str, student, target, problems):
-        from distill.objectives.relation_sum import relation_sum
-        from distill.objectives.segments import Sight
-
-        taught, learnt = layers.number(self.teacher_layer), layers.number(self.student_layer)
-        sides = _tapped(target, taught, relation), _tapped(student, learnt, relation)
-        own = relation == "attention"
-        windows = [trace.window[layer] for trace, layer in ((target, taught), (student, learnt)) if own]
-        return relation_sum(
-            *sides,
-            problems,
-            heads=sides[1][0].shape[1] if own else self.heads_of(relation),
-            sight=Sight(student.causal, min(filter(None, windows), default=None)),
-            reduction=self.reduction,
-            scaling=(target.scaling[taught], student.scaling[learnt]) if own else None,
-        )
+        sides = (target, layers.number(self.teacher_layer)), (student, layers.number(self.student_layer))
+        return {
+            relation: related(relation, sides, problems, self.heads_of(relation), self.reduction)
+            for relation in self.relations
+        }
 
 
-def _roles(relation: str) -> tuple[str, str]:
+def related(relation: str, sides: tuple, problems, heads: int | None, reduction="sample", measure="kl"):
+    """The sum of a relation of two sides, each a trace and a layer of it; `heads` None: the models' own."""
+    from distill.objectives.relation_sum import relation_sum
+    from distill.objectives.segments import Sight
+
+    tapped = [_tapped(trace, layer, relation) for trace, layer in sides]
+    own = relation == "attention"
+    windows = [trace.window[layer] for trace, layer in sides if own]
+    return relation_sum(
+        *tapped,
+        problems,
+        heads=heads or tapped[1][0].shape[1],
+        sight=Sight(sides[1][0].causal, min(filter(None, windows), default=None)),
+        reduction=reduction,
+        scaling=tuple(trace.scaling[layer] for trace, layer in sides) if own else None,
+        measure=measure,
+    )
+
+
+def roles(relation: str) -> tuple[str, str]:
     left, right = "qk" if relation == "attention" else relation
     return ROLES[left], ROLES[right]
 
@@ -163,9 +161,29 @@ def _mistake(relations: tuple[str, ...], heads) -> str | None:
     return None
 
 
-def _attention_mistakes(models: dict) -> list[str]:
+def untapped(models: dict) -> list[str]:
+    """Models of which queries, keys and values cannot be had."""
+    return [
+        f"the {name}'s attention ({facts.family}) does not pass through the attention interface of "
+        "transformers, so its queries, keys and values cannot be had; hidden states and logits can"
+        for name, facts in models.items()
+        if facts.heads is None
+    ]
+
+
+def unlike(models: dict) -> list[str]:
+    """One sees the tokens behind, the other does not."""
+    student, teacher = models.values()
+    sees = {True: "only the tokens before", False: "all tokens"}
+    told = f"the student sees {sees[student.causal]}, the teacher {sees[teacher.causal]}"
+    return [told] if student.causal != teacher.causal else []
+
+
+def unequal_attention(models: dict) -> list[str]:
+    """Distributions of the models' own heads cannot be had, or there are not as many of them."""
     wrong = [
-        f"attention: {facts.family} {INEXACT[facts.family]}, so its attention cannot be rebuilt; qq, kk and vv can"
+        f"attention: {facts.family} {INEXACT[facts.family]}, so its attention cannot be rebuilt; "
+        "the relations qq, kk and vv can"
         for facts in models.values()
         if facts.family in INEXACT
     ]
@@ -174,17 +192,17 @@ def _attention_mistakes(models: dict) -> list[str]:
     if heads["student"] != heads["teacher"]:
         wrong.append(
             f"attention: the student has {heads['student']} heads, the teacher {heads['teacher']}; "
-            "it needs equal numbers, qq, kk and vv do not"
+            "it needs equal numbers, the relations qq, kk and vv do not"
         )
     return wrong
 
 
 def _widths(facts, relation: str) -> tuple[int, int]:
     """Widths of both sides; in a mixed pair grouped keys and values are repeated for their queries."""
-    roles = _roles(relation)
+    pair = roles(relation)
     heads = {"query": facts.heads, "key": facts.kv_heads, "value": facts.kv_heads}
-    most = max(heads[role] for role in roles)
-    return tuple(facts.widths[role] * most // heads[role] for role in roles)
+    most = max(heads[role] for role in pair)
+    return tuple(facts.widths[role] * most // heads[role] for role in pair)
 
 
 def _nearest(width: int, heads: int) -> int:
@@ -199,7 +217,7 @@ def _divisors(width: int, heads: int) -> str:
 
 def _tapped(trace, layer: int, relation: str) -> tuple:
     """Both sides of a relation [B, H, T, d]; beside queries, grouped keys and values are repeated for them."""
-    left, right = (trace.taps[role, layer] for role in _roles(relation))
+    left, right = (trace.taps[role, layer] for role in roles(relation))
     heads = max(left.shape[1], right.shape[1])
     if left.shape[1] == right.shape[1]:
         return left, right

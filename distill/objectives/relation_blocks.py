@@ -49,7 +49,7 @@ def _group(teacher: Pair, student: Pair, form: Form, outside: Tensor | None, gra
         torch.bmm(tl[p, :, rows].mT, tr[p, :, keys], out=a)
         torch.bmm(sl[p, :, rows].mT, sr[p, :, keys], out=b)  # [P', rows, keys]
         _hide((a, b), None if outside is None else outside[p, None, keys], form.sight.unseen(rows, keys, sl.device))
-        row_kl, difference = _divergence(a, b, free)
+        row_kl, difference = MEASURES[form.measure](a, b, free)
         if outside is not None:
             row_kl.masked_fill_(outside[p, rows], 0)
             difference.masked_fill_(outside[p, rows, None], 0)
@@ -70,6 +70,16 @@ def _divergence(a: Tensor, b: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     expected = a.sub_(b).mul_(p).sum(-1)
     q, lse_b = a, softmax_rows(b, out=a)
     return expected - lse_a + lse_b, q.sub_(p)
+
+
+def _squares(a: Tensor, b: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean square of b - a over the keys that a row sees, and its derivative by b; overwrites all three."""
+    seen = (b > HIDDEN / 2).sum(-1, keepdim=True, dtype=b.dtype)  # 2 / int is float32
+    difference = b.sub_(a)  # zero where both are hidden
+    return torch.mul(difference, difference, out=free).sum(-1) / seen.squeeze(-1), difference.mul_(2 / seen)
+
+
+MEASURES = {"kl": _divergence, "mse": _squares}
 
 
 def _hide(scores: Pair, *hidden: Tensor | None) -> None:

@@ -38,6 +38,28 @@ def relation_kl(
     """
     sides, sight = (_pair(teacher), _pair(student)), Sight(causal, window)
     total = relation_sum(*sides, groups(segments), heads, sight=sight, reduction=reduction, scaling=scaling)
+    return _mean(total, segments, reduction)
+
+
+def attention_mse(
+    teacher: Pair,
+    student: Pair,
+    segments: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scaling: tuple[float, float] | None = None,
+) -> Tensor:
+    """How far attention scores are apart before the softmax (TinyBERT: Jiao et al. 2019, arXiv 1909.10351).
+
+    Queries and keys [B, heads, T, head] of both, of as many heads; `segments`, `causal`, `window` and `scaling` as
+    above. The mean over sequences of the mean square over heads, tokens and the tokens that they see.
+    """
+    how = {"sight": Sight(causal, window), "reduction": "sample", "scaling": scaling, "measure": "mse"}
+    return _mean(relation_sum(teacher, student, groups(segments), student[0].shape[1], **how), segments, "sample")
+
+
+def _mean(total: Tensor, segments: Tensor, reduction: str) -> Tensor:
     return total / relation_count(segments, reduction).clamp(min=1).to(total.dtype)
 
 
@@ -56,13 +78,17 @@ def relation_sum(
     sight: Sight,
     reduction: str,
     scaling: tuple[float, float] | None = None,
+    measure: str = "kl",
 ) -> Tensor:
-    """Sum over sequences of [KL over heads and rows / (heads x rows)], for "token" of [KL over both / heads]."""
+    """Sum over sequences of [KL over heads and rows / (heads x rows)], for "token" of [KL over both / heads].
+
+    `measure` mse: of the mean square of the scores in place of the KL.
+    """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in student)
     with torch.no_grad(), torch.autocast(student[0].device.type, enabled=False):
         sides = _tokens(teacher), _tokens(student)
         scales = scaling or tuple((left.shape[1] // heads) ** -0.5 for left, _ in sides)
-        total, found = relation_blocks.solve(*sides, problems, Form(heads, scales, sight, reduction), learns)
+        total, found = relation_blocks.solve(*sides, problems, Form(heads, scales, sight, reduction, measure), learns)
     return known(total, {x: _as_given(gradient, x) for x, gradient in zip(student, found, strict=learns)})
 
 

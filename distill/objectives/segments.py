@@ -51,9 +51,10 @@ class Form:
     scales: tuple[float, float]  # factors on the scores of teacher and student
     sight: Sight
     reduction: str  # sample or token
+    measure: str = "kl"  # of a row's distributions; mse: of its scores
 
     def weight(self, lengths: Tensor) -> Tensor:
-        """What the KL of a row counts, by the length of its sequence, float64."""
+        """What a row counts, by the length of its sequence, float64."""
         lengths = lengths.double()  # a bool or int tensor divided would be float32
         return 1 / (self.heads * (lengths if self.reduction == "sample" else lengths**0))
 

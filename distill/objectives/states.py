@@ -53,21 +53,14 @@ class Hidden(Value):
 
     @property
     def pairs(self) -> list[tuple[State, State]]:
-        """(of the student, of the teacher)."""
-        return list(zip(layers.listed(self.student_layer), layers.listed(self.teacher_layer), strict=True))
+        return layers.paired(self.student_layer, self.teacher_layer)
 
     def needs(self) -> Needs:
         sides = (frozenset(_tap(state) for state in side) for side in zip(*self.pairs, strict=True))
         return Needs(*sides, view=self.view)
 
     def check(self, student, target) -> list[str]:
-        wrong = [
-            what
-            for pair in self.pairs
-            for key, state, facts in zip(("student_layer", "teacher_layer"), pair, (student, target), strict=True)
-            if state != "embeddings"
-            for what in layers.mistakes(key, state, facts)
-        ]
+        wrong = [what for pair in self.pairs for what in layers.beyond(pair, student, target)]
         widths = [facts.widths["hidden"] for facts in (student, target)]
         if widths[0] != widths[1]:
             wrong.append(f"the student is {widths[0]} wide, the teacher {widths[1]}; they need one width")

@@ -15,6 +15,7 @@ from typing import Any
 from distill.corpus import sources
 from distill.evaluate.agreement import spearman
 from distill.evaluate.score import Score
+from growth.console import say
 from growth.errors import UserError
 from growth.files import parse_json
 
@@ -99,7 +100,8 @@ def _of_hub(source: str, split: str) -> Records | None:
     name, _, configuration = source.partition(":")
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
-    except ConnectionError:
+    except ConnectionError as error:
+        say(f"data set {source}: {sources.first_line(error)}")
         return None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data set {source}: {sources.first_line(error)}") from error

@@ -6,13 +6,19 @@ softmax, dKL/dZ = Q - P =: G, so dL = G R / sqrt(d) and dR = G^T L / sqrt(d): su
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from distill.objectives import relation_blocks
 from distill.objectives.known import known
 from distill.objectives.segments import Form, Group, Sight, groups, sequences
+from growth.errors import UserError
 
+How = Literal["auto", "blocks", "fused"]
 Pair = tuple[Tensor, Tensor]  # left (query rows) and right (keys); the same tensor for a relation with itself
 
 
@@ -26,6 +32,7 @@ def relation_kl(
     window: int | None = None,
     reduction: str = "sample",
     scaling: tuple[float, float] | None = None,
+    how: How = "auto",
 ) -> Tensor:
     """How differently two models relate tokens to each other (MiniLMv2: Wang et al. 2020, arXiv 2012.15828).
 
@@ -34,10 +41,10 @@ def relation_kl(
     token sees its own segment, with `causal` only up to itself, with `window` only tokens nearer than that.
     `reduction`: "sample" is the mean over sequences of the mean over heads and rows, "token" the mean over all rows
     and heads. `scaling` (teacher, student) replaces 1 / sqrt(head width). Float32 inside (float64 for float64); the
-    teacher gets no gradient.
+    teacher gets no gradient. `how`: "fused", one kernel of Triton's on a GPU; "blocks", anywhere; "auto", what fits.
     """
     sides, sight = (_pair(teacher), _pair(student)), Sight(causal, window)
-    total = relation_sum(*sides, groups(segments), heads, sight=sight, reduction=reduction, scaling=scaling)
+    total = relation_sum(*sides, groups(segments), heads, sight=sight, reduction=reduction, scaling=scaling, how=how)
     return _mean(total, segments, reduction)
 
 
@@ -79,6 +86,7 @@ def relation_sum(
     reduction: str,
     scaling: tuple[float, float] | None = None,
     measure: str = "kl",
+    how: How = "auto",
 ) -> Tensor:
     """Sum over sequences of [KL over heads and rows / (heads x rows)], for "token" of [KL over both / heads].
 
@@ -88,8 +96,25 @@ def relation_sum(
     with torch.no_grad(), torch.autocast(student[0].device.type, enabled=False):
         sides = _tokens(teacher), _tokens(student)
         scales = scaling or tuple((left.shape[1] // heads) ** -0.5 for left, _ in sides)
-        total, found = relation_blocks.solve(*sides, problems, Form(heads, scales, sight, reduction, measure), learns)
+        form = Form(heads, scales, sight, reduction, measure)
+        total, found = _solver(how, *sides, form)(*sides, problems, form, learns)
     return known(total, {x: _as_given(gradient, x) for x, gradient in zip(student, found, strict=learns)})
+
+
+def _solver(how: How, teacher: Pair, student: Pair, form: Form) -> Callable:
+    """The kernel or, if that will not do, blocks."""
+    if how == "blocks" or (how == "auto" and not student[0].is_cuda):
+        return relation_blocks.solve
+    refused = "it needs Triton, which PyTorch for CUDA brings along"
+    if find_spec("triton"):
+        from distill.objectives import relation_triton
+
+        refused = relation_triton.refused(teacher, student, form)
+        if not refused:
+            return relation_triton.solve
+    if how == "fused":
+        raise UserError(f"relation in a fused kernel: {refused}; how='blocks' does without")
+    return relation_blocks.solve
 
 
 def _pair(x: Tensor | Pair) -> Pair:

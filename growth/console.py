@@ -122,14 +122,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence], title: str = "") -> 
 
 
 def _terminal_table(columns: Sequence[str], cells: list[list[str]], title: str) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(*columns, title=title or None)
+    screen, drawn = Console(), Table(*columns, title=title or None)
     for row in cells:
         drawn.add_row(*map(Text, row))  # Text: names with brackets are not markup
-    Console().print(drawn)
+    below = [[row[n] for row in cells] for n in range(len(columns))]
+    wide = sum(max(map(len, [heading, *texts])) + 3 for heading, texts in zip(columns, below, strict=True))
+    if wide >= screen.width:  # figures stay whole; headings, and names in the first column, take several lines
+        drawn.box, drawn.padding, drawn.columns[0].overflow = SIMPLE_HEAD, (0, 1, 0, 0), "fold"
+        for heading, texts, column in list(zip(columns, below, drawn.columns, strict=True))[1:]:
+            column.width = max(map(len, [*heading.split(), *texts]), default=0)
+    screen.print(drawn)
 
 
 def size(n_bytes: float) -> str:

@@ -17,6 +17,7 @@ from distill.evaluate import RESULT
 from distill.report import card, figures, plots, words
 from growth.errors import UserError
 
+TRAINED = {"data": "text", "optim": {"batch": 4}, "lr": 0.1, "stop": {"steps": 40}}
 RECIPE = {
     "recipe": "halved",
     "about": "a model halved",
@@ -29,8 +30,8 @@ RECIPE = {
         {
             "id": "student",
             "train": {
+                **TRAINED,
                 "student": {"cut": {"from": "teacher", "layers": [0, 1, 5]}},
-                "data": "text",
                 "targets": {"t": {"from": "teacher"}},
                 "loss": [{"relation_kl": {"target": "t", "heads": 12}}],
             },
@@ -38,8 +39,8 @@ RECIPE = {
         {
             "id": "twin",
             "train": {
+                **TRAINED,
                 "student": {"new": {"like": "student"}},
-                "data": "text",
                 "targets": {},
                 "loss": [{"relation_kl": None, "ce": {"objective": "mlm"}}],
             },
@@ -132,7 +133,10 @@ def changed(**rows):
         **results,
         "rows": [{**found, "on": []} for found in results["rows"]],
         "runners": [],
+        "overridden": [],
         "comparisons": [],
+        "overridden": [],
+        "costs": {},
         **{key: RECIPE[key] for key in ("recipe", "about", "equal", "seeds", "models", "corpora")},
     }
 
@@ -248,7 +252,7 @@ def test_seeds_are_won_pair_by_pair(better, mine, theirs, won):
 
 def test_rows_of_two_evaluations_stand_together(run):
     recipe = copy.deepcopy(RECIPE)
-    recipe["stages"].append({"id": "later", "evaluate": {"rows": {}, "on": []}})
+    recipe["stages"].append({"id": "later", "evaluate": {"rows": {"teacher": "teacher"}, "on": ["probe"]}})
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     write(run / "later" / RESULT, {**RESULTS, "rows": [RESULTS["rows"][0], {**RESULTS["rows"][1], "name": "small"}]})
     names = [found["name"] for found in report.rebuild(run)["rows"]]

@@ -9,7 +9,7 @@ import yaml
 
 from distill.evaluate import RESULT
 from distill.evaluate.saving import read_log
-from distill.report import savings
+from distill.report import costs, savings
 from growth.errors import UserError
 from growth.files import read_json
 
@@ -41,6 +41,7 @@ def gather(run: Path) -> dict:
         "rows": rows,
         "comparisons": [told for stage in found for told in _compared(stage, found)],
         "runners": savings.gather(run, raced) if raced else [],
+        "costs": costs.gather(run, rows),
         "metrics": {name: facts for result in found.values() for name, facts in result["metrics"].items()},
         "notes": list(dict.fromkeys((facts["title"], facts["note"]) for result in found.values() for facts in
                                     result["metrics"].values())),
@@ -73,6 +74,7 @@ def public(report: dict) -> dict:
         {
             **{key: row[key] for key in ("name", "role", "params")},
             "metrics": {name: {key: found[key] for key in PUBLIC} for name, found in row["metrics"].items()},
+            **costs.public(report, row),
         }
         for row in report["rows"]
     ]

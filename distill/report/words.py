@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from distill.evaluate import BELOW
 from distill.ranking.significance import LEVEL, ROUNDS
-from distill.report import savings
+from distill.report import costs, savings
 from growth import console
 
 KEPT = ("probe", "sts", "ndcg")  # metrics of which a student keeps a share of its teacher's
@@ -73,6 +73,9 @@ def show(report: dict) -> None:
     title = f"{report['recipe']}: {_seeds(report)}, equal {report['equal']}"
     console.table(columns, rows, title=title)
     console.say("\n".join([f"* {_marked(report)}; ± standard error of one value", *sentences(report)]))
+    if report["costs"]:
+        console.table(*costs.table(report), title=f"what it cost, {_seeds(report)}")
+        console.say("\n".join(costs.legend(report)))
 
 
 def _marked(report: dict) -> str:
@@ -189,6 +192,7 @@ def markdown(report: dict, pictures: dict[str, str], sections: list[str]) -> str
         f"{_seeds(report).capitalize()}, equal {report['equal']}; bold: {_marked(report)}; ± standard error of "
         "one value (test items, not seeds).",
         *(f"**{sentence}**" for sentence in sentences(report)),
+        *_costs(report),
         "## How it was measured",
         "\n".join(f"- **{title}**: {note}." for title, note in report["notes"]),
         *_every_query(report),
@@ -210,6 +214,13 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [columns, rule, *rows]
     )
+
+
+def _costs(report: dict) -> Iterator[str]:
+    if report["costs"]:
+        yield "## What it cost"
+        yield markdown_table(*costs.table(report))
+        yield "\n".join(f"- {line}." for line in costs.legend(report))
 
 
 def _every_query(report: dict) -> Iterator[str]:

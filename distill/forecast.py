@@ -16,7 +16,7 @@ from distill import stages
 from distill.context import Context
 from distill.cost import Cost, as_much_as, forward, steps_for, work
 from distill.evaluate.machine import matmul_speed
-from distill.kinds import Stage
+from distill.kinds import Stage, TargetSpec
 from distill.preflight import Planned, check
 from distill.ranking import amounts, fits
 from distill.ranking.kinds import written
@@ -216,14 +216,21 @@ def memory(student, cost: Cost, engine: EngineSpec, spec, ranks: int) -> dict[st
     share = [ranks if engine.zero >= stage else 1 for stage in (1, 2, 3)]
     master = 0 if engine.precision == "fp32" and engine.zero == 0 else 4
     tokens = engine.micro_batch * cost.tokens // spec.optim.batch if engine.micro_batch else cost.tokens // ranks
-    teachers = [facts for several in cost.teachers.values() for facts in several]
     return {
         "optimizer": n * (master + 8) / share[0],
         "gradients": n * narrow / share[1],
         "weights": n * narrow / share[2],
-        "teachers": float(sum(t.parameters for t in teachers) * narrow),
+        "teachers": sum(_held(name, target, cost, ranks) for name, target in spec.targets.items()) * narrow,
         "activations": tokens * student.widths["hidden"] * _kept(student.layers, engine) * narrow / 2,
     }
+
+
+def _held(name: str, target: TargetSpec, cost: Cost, ranks: int) -> float:
+    """Parameters of teachers on one rank; of shared ones their share, and all of the head that a loss reads behind."""
+    if not target.shared:
+        return float(sum(facts.parameters for facts in cost.teachers[name]))
+    heads = [facts.head if name in cost.headed else 0 for facts in cost.teachers[name]]
+    return sum((f.parameters - head) / ranks + head for f, head in zip(cost.teachers[name], heads, strict=True))
 
 
 def _kept(layers: int, engine: EngineSpec) -> int:

@@ -15,7 +15,9 @@ from distill.preflight import micro_batch
 from distill.schedules import Progress
 from distill.sparsity import stored
 from distill.sparsity.values import Mask
+from distill.teachers import depth
 from distill.teachers.targets import Source, Targets, opened
+from growth import files
 
 
 class Language:
@@ -57,7 +59,7 @@ class Language:
     def _cost(self):
         student = counting.facts(self.start, self.spec.student.lowrank)
         teachers = {
-            name: (student,) if t.ema else tuple(models.facts(self.context.model(reference)) for reference in t.models)
+            name: (student,) if t.ema else tuple(self._facts(reference, name) for reference in t.models)
             for name, t in self.spec.targets.items()
         }
         optim, rows = self.spec.optim, micro_batch(self.context.recipe.engine, self.spec.optim, world.size())
@@ -66,6 +68,11 @@ class Language:
     def _halved(self) -> int:
         skips = any(hook.execute == "2:4" for hook in self.spec.hook_values() if isinstance(hook, Mask))
         return stored.masked(self.start) if skips else 0
+
+    def _facts(self, teacher: str, target: str) -> models.Facts:
+        """Of a teacher, as deep as it is read."""
+        config = files.read_json(self.context.model(teacher) / "config.json")
+        return models.facts(depth.loaded(config, target, self.objectives.values()))
 
     @property
     def _kept(self):

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers.initialization import no_init_weights
 
 from distill import classifiers, growing, layout, loading, taps
+from distill.drawn import Drawn, fresh, planned
 from distill.loading import load
 from distill.operators import Cut, Given
 from distill.sources import resolve, weights_sha256
@@ -27,6 +26,8 @@ from growth import files
 from growth.console import say
 from growth.errors import UserError
 from growth.families import FAMILIES
+from growth.pieces import Piece
+from growth.shards import bytes_of, write_shards
 from growth.writer import CARRIED, LINEAGE
 
 __all__ = ["Facts", "export", "facts", "freeze", "fresh", "load", "resolve", "seed_checkpoint", "weights_sha256"]
@@ -141,7 +142,7 @@ def seed_checkpoint(
         tokenizer = corpus and corpus / "tokenizer"
         config = _new_config(student.new, resolve_ref)
         config = classifiers.named(config, classes) if classes else config
-        return save(fresh(config, head, seed), dst, carry=tokenizer, masks=masks)
+        return _begin(config, head, seed, dst, tokenizer, masks)
     if student.from_:
         return _continue(source, dst, head, seed, classes, masks)
     ops = student.grow.operators() if student.grow else [("cut", Cut(layers=student.cut.layers))]
@@ -152,6 +153,14 @@ def seed_checkpoint(
         return _continue(grown, dst, head, seed, classes, masks)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _begin(config, head: str | None, seed: int, dst: Path, tokenizer: Path | None, masks: Path | None) -> Path:
+    """Random weights, one tensor in memory at a time; all of them where masks are laid over, or no rehearsal works."""
+    drawn = Drawn(planned(config, head), seed)
+    if masks or not drawn.whole:
+        return save(fresh(config, head, seed), dst, carry=tokenizer, masks=masks)
+    return save(drawn.model, dst, carry=tokenizer, tensors=drawn.pieces())
 
 
 def export(
@@ -191,31 +200,6 @@ def _with_new_head(source: Path, classes: Sequence[str], seed: int) -> nn.Module
     return model
 
 
-def fresh(config, head: str | None, seed: int) -> nn.Module:
-    """A model of random weights, each module's drawn from (seed, its name): no order, depth or head changes a layer."""
-    with loading.quiet(), no_init_weights():
-        model = loading.class_of(config, head)(config)
-    names = {module: loading.inside(name, model) for name, module in model.named_modules()}
-    parts = [m for m in names if isinstance(m, transformers.PreTrainedModel)]
-    for part in parts:
-        part._init_weights = _by_name(part._init_weights, names, seed)
-    with loading.seeded(seed):
-        model.initialize_weights()
-    for part in parts:
-        del part._init_weights
-    model.tie_weights()
-    return model.eval()
-
-
-def _by_name(initialise: Callable, names: dict[nn.Module, str], seed: int) -> Callable:
-    def initialise_alone(module: nn.Module) -> None:
-        digest = hashlib.sha256(f"{seed}:{names[module]}".encode()).digest()
-        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
-        initialise(module)
-
-    return initialise_alone
-
-
 def _new_config(new, resolve_ref: Callable[[str], Path]):
     if new.like is not None:
         return loading.configuration(resolve_ref(new.like))
@@ -233,17 +217,18 @@ def save(
     story: Mapping[str, str] | None = None,
     beside: Callable[[Path], None] | None = None,
     masks: Path | None = None,
+    tensors: Iterable[tuple[str, Piece]] | None = None,
 ) -> Path:
     """The checkpoint directory, whole or not at all, with the tokenizer and the lineage of `carry`.
 
     `story` is what the lineage must say otherwise; `beside` writes files of its own into the directory; `masks` is the
-    checkpoint whose masks, if it has any, are laid over the model.
+    checkpoint whose masks, if it has any, are laid over the model. `tensors`: of a model without storage.
     """
     held = stored.laid_over(model, masks) if masks else {}
     files.ensure_space(dst, sum(p.numel() * p.element_size() for p in model.parameters()), "a model")
     with files.committed(dst, overwrite=overwrite) as temporary, loading.quiet():
         try:
-            model.save_pretrained(temporary)
+            _write(model, temporary, tensors)
         except SafetensorError as error:  # a disk that fills up in the middle; not an OSError
             raise UserError(f"cannot write {dst}: {error}") from error
         if carry:
@@ -256,6 +241,14 @@ def save(
         if beside:
             beside(temporary)
     return Path(dst)
+
+
+def _write(model: nn.Module, directory: Path, tensors: Iterable[tuple[str, Piece]] | None) -> None:
+    if tensors is None:
+        model.save_pretrained(directory)
+    else:
+        model.save_pretrained(directory, state_dict={})  # what stands beside the weights
+        write_shards(directory, tensors, bytes_of("50GB"))  # as transformers has it
 
 
 def carry_tokenizer(source: Path, dst: Path) -> None:

@@ -22,6 +22,7 @@ from distill.recipe import Recipe
 from distill.refine import cache
 from distill.sparsity.fits import is_sparse, misfits
 from distill.specs import EngineSpec
+from distill.teachers import depth
 from growth import files
 from growth.anatomy import dissect
 from growth.errors import UsageError, UserError
@@ -152,7 +153,7 @@ class Planned:
         length = self.recipe.text(stage.train.corpus).length
         rows = self.recipe.engine.micro_batch or max(stage.train.optim.batch // world.size(), 1)
         runs = stage.train.optim.batch // rows
-        return cost_of(stage.train, self.student_facts(stage.id), self.teachers(stage), length, runs)
+        return cost_of(stage.train, self.student_facts(stage.id), self.running(stage), length, runs)
 
     def _cost_of_ranker(self, stage: Stage) -> Cost:
         student = self.student_facts(stage.id), self.learner(stage.train)
@@ -162,8 +163,17 @@ class Planned:
         }
         return costs.cost_of(stage.train, student, teachers)
 
+    def running(self, stage: Stage) -> dict[str, tuple]:
+        """{target: facts of the models that run for it}, each as deep as it is read."""
+        objectives = [objective for _, objective in stage.train.objectives()]
+        deep = {
+            name: tuple(self._measure(depth.loaded(self.config(m), name, objectives)) for m in target.models)
+            for name, target in stage.train.targets.items()
+        }
+        return self.teachers(stage) | {name: facts for name, facts in deep.items() if facts}
+
     def teachers(self, stage: Stage) -> dict[str, tuple]:
-        """{target: facts of the models that run for it}."""
+        """The same of the whole models."""
         return {
             name: (self.student_facts(stage.id),) if target.ema else tuple(map(self.facts, target.models))
             for name, target in stage.train.targets.items()

@@ -49,6 +49,8 @@ def _of_target(name: str, train: TrainSpec, planned) -> Iterator[str]:
             planned.ranker(reference)
         except UserError as error:
             yield str(error)
+    if target.shared:
+        yield "placement: zero3 is for models of text; a ranker that teaches is whole on every rank"
     if target.combine == "mean_logprob":
         yield "combine: scores are no probabilities; of several rankers it is the mean of their scores, leave it out"
     if target.cache:

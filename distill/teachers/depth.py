@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from distill.objectives.protocol import Needs
+from distill.objectives.protocol import Needs, Objective
 from growth.anatomy import Anatomy
 from growth.errors import UserError
 from growth.families import FAMILIES
 from growth.maps import Layers
 from growth.reindex import config_after
+
+
+def loaded(config: dict[str, Any], target: str, objectives: Iterable[Objective]) -> dict[str, Any]:
+    """config.json of as much of the teacher behind a target as these objectives read."""
+    return shortened(config, [one.needs() for one in objectives if one.target == target]) or config
 
 
 def shortened(config: dict[str, Any], needs: Iterable[Needs]) -> dict[str, Any] | None:

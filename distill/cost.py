@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from distill import hooks, views
+from distill import hooks, projections, views
 from distill.hooks import Part
 from growth.accounting import Work
 
@@ -51,6 +51,7 @@ class Cost:
     passes: Mapping[str | None, int] = field(default_factory=lambda: {None: 1})  # of the student (None) and each target
     taught: Mapping[str, tuple[Texts, ...]] = field(default_factory=dict)  # what teachers read, where it is different
     runs: int = 1  # micro-batches of a step, on all ranks
+    projected: int = 0  # weights that a token meets on the way to losses
     halved: int = 0  # weights of which a forward product skips every second one; in forecasts none
 
     @property
@@ -63,7 +64,8 @@ class Cost:
         part = part or Part(len(self.student.blocks))
         ran, learned = (forward(self._through(first, part.depth), self.texts) for first in (0, part.first))
         again = 3 * (self.passes[None] - 1) * forward(work(self.student, head=False), self.texts)
-        return ran + 2 * learned + again + self.student.rebuilt * self.runs * self.passes[None] - self.skipped
+        beside = 6 * self.projected * self.tokens + self.student.rebuilt * self.runs * self.passes[None]
+        return ran + 2 * learned + again + beside - self.skipped
 
     @property
     def skipped(self) -> int:
@@ -106,6 +108,7 @@ def cost_of(
 ) -> Cost:
     """Of a train stage on rows of this length, so many micro-batches a step."""
     objectives = [objective for _, objective in spec.objectives()]
+    maps = projections.shapes(dict(enumerate(objectives)), student, teachers)
     return Cost(
         student=student,
         head=any(objective.needs().head in LANGUAGE for objective in objectives),
@@ -115,6 +118,7 @@ def cost_of(
         passes=views.passes(dict(enumerate(objectives))),
         parts=hooks.parts(spec.hook_values()),
         runs=runs,
+        projected=sum(len(objectives[n].pairs) * math.prod(shape) for n, shape in maps.items()),
         halved=halved,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -26,14 +27,21 @@ HELDOUT_SEED = 0  # of its masks: a constant of the measure, not of the run
 
 
 class Lesson(nn.Module):
-    """Student and objectives as one module, so that one forward pass and one backward pass go through the engine.
+    """Student, projections and objectives as one module: one forward and one backward pass go through the engine.
 
     `checkpointing`: the student's blocks run again in backward, for what happens inside them is not kept.
     """
 
-    def __init__(self, student: nn.Module, objectives: dict, checkpointing: bool = False):
+    def __init__(
+        self,
+        student: nn.Module,
+        objectives: dict,
+        checkpointing: bool = False,
+        projections: nn.ModuleDict | None = None,
+    ):
         super().__init__()
         self.student, self.objectives, self.checkpointing = student, objectives, checkpointing
+        self.projections = projections or nn.ModuleDict()  # objective -> of what it reads of the student
 
     def forward(
         self,
@@ -52,9 +60,15 @@ class Lesson(nn.Module):
                 seen = traced(self.student, views.of(batch, view), reading.values(), "student")
                 for name in reading:
                     taught = targets.get((active[name].target, view))
-                    found = active[name].terms(seen, taught, batch)
+                    found = active[name].terms(self._projected(name, seen), taught, batch)
                     terms.update({f"{name}.{term}": value for term, value in found.items()})
         return terms
+
+    def _projected(self, name: str, seen: Trace) -> Trace:
+        if name not in self.projections:
+            return seen
+        wanted = self.objectives[name].needs().student
+        return replace(seen, taps={tap: self.projections[name](seen.taps[tap]) for tap in wanted})
 
     def _recomputing(self):
         blocks = taps.layers(self.student.base_model) if self.checkpointing else ()

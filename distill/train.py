@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distill import extent, hooks, memory, snapshot, sources, world
+from distill import extent, hooks, memory, projections, snapshot, sources, world
 from distill.cost import as_much_as
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
@@ -75,7 +75,9 @@ class Stage:
         self.steps = extent.steps(directory.name, spec, context, self.subject.corpus, self.cost)
         self.student = self.subject.load()
         self.student.train(spec.dropout)
-        self.lesson = Lesson(self.student, self.objectives, context.recipe.engine.checkpointing)
+        shapes = projections.shapes(self.objectives, self.cost.student, self.cost.teachers)
+        drawn = projections.drawn(shapes, self.seed)
+        self.lesson = Lesson(self.student, self.objectives, context.recipe.engine.checkpointing, drawn)
         self.targets = Targets({name: self.subject.source(name) for name in spec.targets}, self.objectives)
         self.data = self.subject.data(self.targets, self.micro_batch, self.offset)
         heldout = self.subject.heldout if spec.evaluate_every else None
@@ -285,8 +287,10 @@ class Stage:
 
     def _export(self, engine: Engine) -> None:
         beside = self.sparse.beside(engine)
-        trained = {name.removeprefix("student."): tensor for name, tensor in engine.state("master")}
-        world.first(lambda: self.subject.export(trained, self.directory / "model", *beside))
+        trained = dict(engine.state("master"))
+        student = {name.removeprefix("student."): x for name, x in trained.items() if name.startswith("student.")}
+        world.first(lambda: projections.write(self.directory, trained))
+        world.first(lambda: self.subject.export(student, self.directory / "model", *beside))
 
 
 def _note(entry: dict) -> str:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import tiny
 import torch
 
-from distill import snapshot, world
+from distill import projections, snapshot, world
 from distill.engine import KEYS, Engine, NonFinite
 from distill.lesson import Data, Lesson, freeze_unreachable
 from distill.models import freeze
@@ -23,7 +23,7 @@ from distill.teachers.targets import Online, Targets
 from growth.errors import UserError
 
 STAGE = int(sys.argv[1]) if __name__ == "__main__" else 0
-LENGTH, BATCH, LR = 24, 8, 0.01
+LENGTH, BATCH, LR, WIDE = 24, 8, 0.01, 54
 OPTIM = {"batch": BATCH, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
 
 LET_GO = {  # of parameters at once, as ZeRO-3 does of big ones
@@ -60,13 +60,17 @@ class Rows:
 
 
 def parts(micro_batch: int, packed: bool = True, checkpointing: bool = False):
-    """A student of two losses, its teacher, and the data."""
+    """A student of several losses, its wider teacher, and the data."""
     objectives = {
         "relation_kl": OBJECTIVES["relation_kl"](target="t", relations=["qq", "kk", "vv"], heads=6),
         "ce": OBJECTIVES["ce"](objective="mlm"),
+        "hidden": OBJECTIVES["hidden"](
+            target="t", project=True, student_layer=["embeddings", 1], teacher_layer=["embeddings", 3]
+        ),
     }
-    lesson = Lesson(tiny.model("bert", head="mlm", seed=1), objectives, checkpointing)
-    targets = Targets({"t": Online(freeze(tiny.model("bert", seed=2)))}, objectives)
+    drawn = projections.drawn({"hidden": (tiny.HIDDEN, WIDE)}, seed=0)
+    lesson = Lesson(tiny.model("bert", head="mlm", seed=1), objectives, checkpointing, drawn)
+    targets = Targets({"t": Online(freeze(tiny.model("bert", seed=2, hidden_size=WIDE)))}, objectives)
     return lesson, targets, Data(Rows(), BATCH, micro_batch, packed, torch.device("cpu"))
 
 

@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from distill import corpus, models, taps, views
+from distill import corpus, models, projections, taps, views
 from distill.lesson import Lesson
 from distill.objectives import OBJECTIVES, Hidden, hidden
 from distill.objectives.hidden_sum import hidden_count, hidden_sum
@@ -186,6 +187,49 @@ def test_one_step_is_that_of_the_paper_written_out():
         assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+# Projections
+
+
+def projected(**keys):
+    """A lesson of one loss on a teacher that is wider, and its projection."""
+    named = {"hidden": Hidden(target="t", project=True, **keys)}
+    drawn = projections.drawn({"hidden": (tiny.HIDDEN, 54)}, seed=0)
+    wide = models.freeze(tiny.model("bert", seed=2, hidden_size=54))
+    lesson = Lesson(tiny.model("bert", seed=1), named, projections=drawn)
+    return lesson.double(), Targets({"t": Online(wide.double())}, named), lesson.projections["hidden"].weight
+
+
+def test_one_projection_serves_all_layers_of_a_loss_and_learns():
+    """Against the two models written out; a layer of the student is multiplied with W, then compared."""
+    lesson, targets, weight = projected(student_layer=["embeddings", 0, 1], teacher_layer=["embeddings", 1, 3])
+    batch = tiny.batch([[9]], 9)
+    terms = lesson(batch, targets(batch, lesson.objectives), lesson.objectives)
+    states = [m(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
+              for m in (lesson.student, targets.models[0])]  # fmt: skip
+    wanted = [((states[0][m] @ weight.T - states[1][n]) ** 2).mean() for m, n in ((0, 0), (1, 2), (2, 4))]
+    assert [name.removeprefix("hidden.") for name in terms] == ["embeddings", "layer_0", "layer_1"]
+    counts = lesson.objectives["hidden"].count(batch).values()
+    for term, count, other in zip(terms.values(), counts, wanted, strict=True):
+        assert_close(term / count, other, rtol=1e-9, atol=0)
+    found, other = (torch.autograd.grad(sum(x), weight)[0] for x in (terms.values(), [w * 9 for w in wanted]))
+    assert_close(found, other, rtol=1e-8, atol=1e-10)
+
+
+def test_a_projection_is_drawn_from_the_seed_and_its_name():
+    first, again = (projections.drawn({"hidden": (4, 5)}, seed=1) for _ in range(2))
+    more = projections.drawn({"hidden_2": (4, 5), "hidden": (4, 5)}, seed=1)
+    other = projections.drawn({"hidden": (4, 5)}, seed=2)
+    assert first["hidden"].weight.equal(again["hidden"].weight) and first["hidden"].weight.equal(more["hidden"].weight)
+    assert not any(first["hidden"].weight.equal(x.weight) for x in (more["hidden_2"], other["hidden"]))
+
+
+def test_projections_lie_beside_the_model_by_the_name_of_their_loss(tmp_path):
+    projections.write(tmp_path, {"student.a": torch.zeros(2)})
+    assert not list(tmp_path.iterdir())
+    projections.write(tmp_path, {"student.a": torch.zeros(2), "projections.hidden.weight": torch.ones(3, 2)})
+    assert load_file(tmp_path / projections.FILE)["hidden.weight"].equal(torch.ones(3, 2))
+
+
 # What cannot work
 
 
@@ -196,7 +240,10 @@ def wrong(student="bert", teacher="bert", changes=None, **keys) -> list[str]:
 
 def test_what_cannot_work_is_said():
     assert wrong() == wrong("llama", "llama", position="mean") == []
-    assert wrong(changes={"hidden_size": 36}) == ["the student is 48 wide, the teacher 36; they need one width"]
+    assert wrong(changes={"hidden_size": 36}) == [
+        "the student is 48 wide, the teacher 36; `project: true` learns a map between them"
+    ]
+    assert wrong(changes={"hidden_size": 36}, project=True) == []
     assert wrong(student_layer=4, teacher_layer=-5) == [
         "student_layer=4: the bert has 4 layers, 0 to 3",
         "teacher_layer=-5: the bert has 4 layers, 0 to 3",

@@ -28,7 +28,7 @@ class Hidden(Value):
     its own.
     """
 
-    target: str = Field(description="a teacher of the same width, by its name in targets")
+    target: str = Field(description="a teacher, by its name in targets; of the same width unless `project`")
     kind: Literal["mse", "cosine"] = Field("mse", description="the squared distance, or 1 - cosine")
     student_layer: States = Field("last", description=WHICH)
     teacher_layer: States = Field("last", description=f"{WHICH} of as many")
@@ -40,6 +40,9 @@ class Hidden(Value):
     )
     reduction: Literal["mean", "sum"] | None = Field(
         None, description="mse: over the width, mean unless given; over documents or tokens: the mean"
+    )
+    project: bool = Field(
+        False, description="a linear map into the teacher's width, shared by the layers of this loss, learns beside"
     )
     weight: Schedule = Field(Schedule.constant(1.0), description="factor on this loss, alike for every pair of layers")
 
@@ -62,8 +65,10 @@ class Hidden(Value):
     def check(self, student, target) -> list[str]:
         wrong = [what for pair in self.pairs for what in layers.beyond(pair, student, target)]
         widths = [facts.widths["hidden"] for facts in (student, target)]
-        if widths[0] != widths[1]:
-            wrong.append(f"the student is {widths[0]} wide, the teacher {widths[1]}; they need one width")
+        if widths[0] != widths[1] and not self.project:
+            wrong.append(
+                f"the student is {widths[0]} wide, the teacher {widths[1]}; `project: true` learns a map between them"
+            )
         if self.position == "first" and student.causal:
             wrong.append("position first: of a causal model it sees nothing but itself; mean and all say more")
         return wrong

@@ -110,8 +110,9 @@ class Average(Source):
     def moved(self, engine, progress: Progress) -> None:
         """The student has made a step; collective."""
         decay, running = self.decay.at(progress), dict(self.models[0].named_parameters())
-        self.trained = [name.removeprefix("student.") for name in engine.names]
-        for name, (_, weight) in zip(self.trained, engine.masters(), strict=True):
+        names = [name for name in engine.names if name.startswith("student.")]
+        self.trained = [name.removeprefix("student.") for name in names]
+        for name, (_, weight) in zip(self.trained, engine.masters(names), strict=True):
             running[name].copy_(self.averages[name].lerp_(weight, 1 - decay))
 
     def state(self) -> dict[str, Tensor]:

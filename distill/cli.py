@@ -37,6 +37,11 @@ def main() -> None:
 )
 @click.option("--fresh", is_flag=True, help="Do every stage again; removes the stage directories of this recipe.")
 @click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="Go on with an interrupted stage though its recipe, models or text have changed; the report will say so.",
+)
+@click.option(
     "--ranks", type=click.IntRange(1), default=1, help="Processes on this machine, such as --ranks 2.  [default: 1]"
 )
 def run(
@@ -46,6 +51,7 @@ def run(
     dry_run: bool,
     start_from: str | None,
     fresh: bool,
+    accept_changes: bool,
     ranks: int,
 ) -> None:
     """Run RECIPE: a file, or the name of a packaged one. Finished stages are kept, an interrupted one goes on.
@@ -70,7 +76,7 @@ def run(
         from distill import stages
 
         launch.refuse_other(ranks)
-        stages.run(read, out, start_from=start_from, fresh=fresh)
+        stages.run(read, out, start_from=start_from, fresh=fresh, accept_changes=accept_changes)
 
 
 @main.command("list")

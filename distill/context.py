@@ -98,6 +98,7 @@ class Context:
     seed: int
     work: Work = field(default_factory=Work)
     found: dict[str, Path] = field(default_factory=dict)  # models and corpora at hand, shared by all seeds
+    accept_changes: bool = False  # whether an interrupted stage goes on though it is made from something else now
 
     def directory(self, stage: str) -> Path:
         fanned = self.recipe.seeds > 1 and self.recipe.stage(stage).fanned

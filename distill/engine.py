@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -140,14 +141,15 @@ class Engine:
             groups(module, optim.weight_decay, phases or {}),
             lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True,
         )  # fmt: skip
-        exact = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad and self._rounds}
+        # DeepSpeed gives parameters new, rounded data; what they hold now lives on here until its master has it
+        exact = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad and self._rounds}
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw, config=config(spec, optim, micro_batch), dist_init_required=False
         )
         self._base.state.clear()  # stage 0 in low precision has taken an empty step by now, and counted it
         self.accumulation = self.engine.gradient_accumulation_steps()
         if self._rounds:  # else the float32 masters would start from rounded weights
-            self.load_state(lambda name, key: exact[name] if key == "master" else None, lambda phases: 0)
+            self.load_state(lambda name, key: exact.pop(name) if key == "master" else None, lambda phases: 0)
 
     def __call__(self, *args):
         return self.engine(*args)
@@ -228,6 +230,29 @@ class Engine:
                 value = read(name, key)
                 if value is not None:
                     self._set(p, key, value.to(self.device, torch.float32))
+
+    def shard(self) -> Iterator[tuple[str, Tensor]]:
+        """(key and number, flat float32 tensor) of what this rank alone keeps of the state; nothing is gathered.
+
+        It means something under the same stage, number of ranks and precision alone.
+        """
+        kept = self._flat_masters()
+        if sum(flat.numel() for flat, _ in kept) * world.size() < sum(map(prod, self.shapes().values())):
+            raise UserError("a part of the optimizer is offloaded to disk, where `local: true` finds nothing to save")
+        for i, (flat, _) in enumerate(kept):
+            held = {"master": flat, **(self._base.state.get(flat) or _adam_state(flat, 0))}
+            yield from ((f"{key}.{i}", held[key].detach()) for key in KEYS)
+
+    def load_shard(self, read: Callable[[str], Tensor], updates: Callable[[Phases], int]) -> None:
+        """Put back what `shard` gave: `read(key and number)`; `updates` as for `load_state`. Collective."""
+        for i, (flat, phases) in enumerate(self._flat_masters()):
+            held = {"master": flat.data, **_adam_state(flat, updates(phases))}
+            for key in KEYS:
+                held[key].copy_(read(f"{key}.{i}"))
+            self._base.state[flat] = {key: value for key, value in held.items() if key != "master"}
+        self._link()
+        for name, weight in self.masters():
+            self._set_low_precision(self.engine.module.get_parameter(name), weight)
 
     def close(self) -> None:
         """Give back what DeepSpeed took from the process; the engine is of no use afterwards."""

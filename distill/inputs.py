@@ -1,14 +1,14 @@
-"""What a stage was made from, key by key, so that a change can be named. No torch."""
+"""What a stage was made from, key by key. No torch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from typing import Any
 
 from distill import sources
+from distill.changes import flat
 from distill.context import MANIFEST, Context, Task
 from distill.kinds import NO_INPUT
 from distill.references import BM25, references
@@ -22,9 +22,9 @@ VERSIONED = ("distill-growth", "torch", "transformers", "deepspeed", "tokenizers
 def inputs_of(task: Task) -> dict[str, Any]:
     """{dotted key: value} of all that decides what a stage makes: its recipe, seed, models, corpora, earlier stages."""
     spec = task.spec.model_dump(mode="json", by_alias=True)
-    inputs = dict(_flat({key: value for key, value in spec.items() if key not in NO_INPUT}))
+    inputs = flat({key: value for key, value in spec.items() if key not in NO_INPUT})
     if task.stage.fanned:
-        inputs["seed"] = task.contexts[0].seed
+        inputs["seed"] = inputs.get("seed", 0) + task.contexts[0].seed
     if task.stage.kind == "train" and task.spec.stop.like:
         inputs["equal"] = task.contexts[0].recipe.equal
     for kind, name in _names(task):
@@ -67,27 +67,6 @@ def _identity(name: str, context: Context) -> str:
     spec = context.recipe.models[name]
     found = sources.identity(context.model(name), spec.sha256)
     return digest([found, spec.ranker.model_dump(mode="json")]) if spec.ranker else found
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if not items:
-        yield prefix, value
-        return
-    for key, below in items:
-        yield from _flat(below, f"{prefix}.{key}" if prefix else str(key))
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """`stop.steps 200 -> 300, lr.points.1.1 ...`; empty if there are none."""
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    said = [f"{key} {_brief(old, key)} -> {_brief(new, key)}" for key in keys[:3]]
-    return ", ".join(said) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _brief(values: dict[str, Any], key: str) -> str:
-    text = str(values.get(key, "nothing"))
-    return text[:8] if len(text) == 64 else text[:40]
 
 
 @cache

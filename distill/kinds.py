@@ -174,7 +174,7 @@ class StopSpec(OneOf):
 Loss, HookSpec = one_of("Loss", OBJECTIVES), one_of("HookSpec", HOOKS)
 
 
-NO_INPUT = {"save_every", "keep"}  # how a stage is kept, not what it makes
+NO_INPUT = {"save_every", "keep", "local"}  # how a stage is kept, not what it makes
 
 # Stages
 
@@ -202,6 +202,9 @@ class TrainSpec(Value):
     evaluate_every: Positive | None = Field(None, description="steps between held-out losses of `ce`; null: none")
     save_every: Positive = Field(100, description="steps between snapshots")
     keep: Positive = Field(1, description="snapshots to keep")
+    local: bool = Field(
+        False, description="snapshots a shard a rank: faster, and read under the same zero, ranks and precision alone"
+    )
     dropout: bool = Field(False, description="train the student with the dropout of its config")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="added to the recipe's: another start, another data order")
 

@@ -102,7 +102,8 @@ class Language:
 
     def belongs(self) -> dict:
         """What else the training state is of."""
-        return {"factors_digest": students.digest(self.start)} if self.spec.student.lowrank else {}
+        tokenizer = {"tokenizer": self.corpus.manifest["tokenizer_digest"]}
+        return tokenizer | ({"factors": students.digest(self.start)} if self.spec.student.lowrank else {})
 
     def summary(self, entries: list[dict]) -> dict:
         """What else the metrics of the stage are."""

@@ -15,8 +15,9 @@ from typing import Any
 
 from distill import recipe as recipes
 from distill import strict_yaml, world
+from distill.changes import changes, in_short
 from distill.context import MANIFEST, Context, Task, Work
-from distill.inputs import collections_of, corpora_of, differences, inputs_of, versions
+from distill.inputs import collections_of, corpora_of, inputs_of, versions
 from distill.recipe import Recipe
 from growth.console import say, seconds
 from growth.errors import UsageError, UserError, did_you_mean
@@ -27,9 +28,18 @@ RUNNING, DONE, STALE = "running", "done", "stale"
 
 
 def run(
-    recipe: Recipe, out: Path, *, start_from: str | None = None, fresh: bool = False, work: Work | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    start_from: str | None = None,
+    fresh: bool = False,
+    accept_changes: bool = False,
+    work: Work | None = None,
 ) -> None:
-    """All stages of a recipe into `out`, leaving out what is finished and unchanged."""
+    """All stages of a recipe into `out`, leaving out what is finished and unchanged.
+
+    With `accept_changes` an interrupted stage goes on from its snapshot though its recipe has changed since.
+    """
     out, work = Path(out), work or Work()
     if start_from is not None and start_from not in (ids := [stage.id for stage in recipe.stages]):
         raise UsageError(
@@ -38,7 +48,8 @@ def run(
     refuse_out(recipe, out)
     with world.company(), _owned(out):
         found: dict[str, Path] = {}
-        contexts = tuple(Context(recipe, out, recipe.seed + n, work, found) for n in range(recipe.seeds))
+        seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+        contexts = tuple(Context(recipe, out, seed, work, found, accept_changes) for seed in seeds)
         world.first(lambda: _look(recipe, contexts[0], out))
         tasks = list(_tasks(recipe, contexts))
         world.first(lambda: _mark(tasks, start_from, fresh))
@@ -207,7 +218,7 @@ def _open(task: Task, tasks: list[Task]) -> None:
     if manifest is None:
         _begin(task, inputs)
         return
-    state, changed = manifest["state"], differences(manifest["inputs"], inputs)
+    state, changed = manifest["state"], changes(manifest["inputs"], inputs)
     if state == DONE and not changed and _lost(task):
         say(f"{task.name}: its {_lost(task)} is gone; made again")
         _write(task, {**manifest, "state": RUNNING})
@@ -217,15 +228,26 @@ def _open(task: Task, tasks: list[Task]) -> None:
         say(f"{task.name}: {kept}")
         return
     if state == RUNNING and any(task.directory.glob("snapshots/*")):
-        raise UserError(
-            f"{task.name} was interrupted and its recipe has changed since ({changed}); "
-            f"undo that, or begin it again with --from {task.stage.id}"
-        )
-    say(f"{task.name}: runs again ({manifest['why'] if state == STALE else changed})")
+        _accept(task, changed)
+        _write(task, {**manifest, **_made_from(inputs)})
+        return
+    say(f"{task.name}: runs again ({manifest['why'] if state == STALE else in_short(changed)})")
     for later in [t for t in tasks if t.follows(task)]:
         _make_stale(later, f"follows {task.name}")
     _remove(task.directory)
     _begin(task, inputs)
+
+
+def _accept(task: Task, changed: list[str]) -> None:
+    """An interrupted stage goes on with what it was not begun with, if it can and the user says so."""
+    fixed = [change for change in changed if change.startswith("student.")]
+    ways = [] if fixed else ["go on all the same, which will be recorded, with --accept-changes"]
+    if fixed or not task.contexts[0].accept_changes:
+        ways = ["undo that", *ways, f"begin it again with --from {task.stage.id}"]
+        listed = "".join(f"\n  {change}" for change in changed)
+        why = f"\n{fixed[0].split()[0]} decides what it started as. " if fixed else "\n"
+        raise UserError(f"{task.name} was interrupted and has changed since:{listed}{why}{', or '.join(ways)}")
+    say(f"{task.name}: goes on where it was interrupted, changed since: {', '.join(changed)}")
 
 
 def _remove(directory: Path) -> None:
@@ -240,7 +262,11 @@ def _begin(task: Task, inputs: dict[str, Any]) -> None:
     if task.directory.exists() and any(task.directory.iterdir()):
         raise UserError(f"{task.directory} is not empty and has no {MANIFEST}; move it away")
     task.directory.mkdir(exist_ok=True)
-    _write(task, {"state": RUNNING, "inputs_digest": digest(inputs), "inputs": inputs, "versions": versions()})
+    _write(task, {"state": RUNNING, **_made_from(inputs), "versions": versions()})
+
+
+def _made_from(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"inputs_digest": digest(inputs), "inputs": inputs}
 
 
 def _close(task: Task, metrics: Any, wall: float) -> None:

@@ -8,12 +8,13 @@ import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from distill import extent, hooks, memory, projections, snapshot, sources, world
+from distill.changes import flat
 from distill.cost import as_much_as
 from distill.engine import Engine, NonFinite
 from distill.kinds import NO_INPUT
@@ -30,7 +31,7 @@ from distill.teachers.targets import Targets
 from growth import console
 from growth.console import count
 from growth.errors import UserError
-from growth.files import digest, ensure_space, fault, write_text
+from growth.files import ensure_space, fault, write_text
 
 
 class Terminated(SystemExit):
@@ -82,7 +83,7 @@ class Stage:
         self.data = self.subject.data(self.targets, self.micro_batch, self.offset)
         heldout = self.subject.heldout if spec.evaluate_every else None
         self.heldout = heldout and heldout(self.lesson, self.micro_batch, self.steps)
-        self.log = directory / "log.jsonl"
+        self.log, self.overridden = directory / "log.jsonl", []
 
     def run(self) -> dict:
         parts = self.cost.parts
@@ -102,7 +103,7 @@ class Stage:
 
     def _position(self, step: int) -> int:
         """In the stream of rows, after so many steps."""
-        return self.offset + step * self.spec.optim.batch
+        return self.data.offset + step * self.spec.optim.batch
 
     def _summary(self) -> dict:
         """From the log, so that an interrupted run counts whole."""
@@ -124,27 +125,22 @@ class Stage:
             **self.subject.summary(entries),
             **self.sparse.summary(entries),
             **({"heldout": last["heldout"]} if "heldout" in last else {}),
+            **({"overridden": self.overridden} if self.overridden else {}),
         }
 
-    def belongs(self) -> dict:
-        """What the training state of this stage is of; the engine's part may differ when it is read back."""
-        engine = self.context.recipe.engine
+    @cached_property
+    def of(self) -> dict:
+        """What the training state of this stage is of, key by key. How it runs, the engine's part, is none of it."""
+        teachers = {reference for target in self.spec.targets.values() for reference in target.models}
         return {
-            "recipe_digest": digest(self.spec.model_dump(mode="json", by_alias=True, exclude=NO_INPUT)),
+            **flat(self.spec.model_dump(mode="json", by_alias=True, exclude=NO_INPUT)),
             "seed": self.seed,
-            "student_digest": sources.weights_sha256(self.subject.start),
+            "start": sources.weights_sha256(self.subject.start),
             **self.subject.belongs(),
-            "teacher_digests": {
-                reference: sources.weights_sha256(self.context.model(reference))
-                for target in self.spec.targets.values()
-                for reference in target.models
-            },
-            "corpus_digest": self.subject.corpus.digest,
+            **{f"teachers.{name}": sources.weights_sha256(self.context.model(name)) for name in sorted(teachers)},
+            "corpus": self.subject.corpus.digest,
             "offset": self.offset,
             "steps": self.steps,
-            "stage": engine.zero,
-            "ranks": world.size(),
-            "precision": engine.precision,
         }
 
     def _resume(self, engine: Engine) -> Spent:
@@ -155,11 +151,16 @@ class Stage:
             world.first(lambda: self._begin(snapshot.state_bytes(engine.shapes(), *averages)))
             self.sparse.begin(engine, self.steps)
             return Spent()
-        manifest = snapshot.restore(found, engine, self.belongs(), self._updates)
+        manifest = snapshot.restore(found, engine, self.of, self._updates, self.context.accept_changes)
+        self.overridden = manifest["overridden"]
+        self.data.offset = manifest["cursor"]["position"] - manifest["step"] * self.spec.optim.batch
         self.targets.load(partial(snapshot.beside, found))
         self.sparse.resume(engine, partial(snapshot.beside, found))
         world.first(lambda: _forget_after(self.log, manifest["step"]))
-        return Spent.of({**manifest["cursor"], "step": manifest["step"]})
+        spent = Spent.of({**manifest["cursor"], "step": manifest["step"]})
+        if self.context.accept_changes:
+            self._save(engine, spent)  # from here on it is of what it goes on with
+        return spent
 
     def _updates(self, steps: int, phases) -> int:
         """How many of the first steps count for the optimizer: those since it was last made new."""
@@ -173,9 +174,9 @@ class Stage:
         write_text(self.log, "")
 
     def _save(self, engine: Engine, spent: Spent) -> None:
-        cursor = {**asdict(spent), "position": self._position(spent.step)}
+        about = {"cursor": {**asdict(spent), "position": self._position(spent.step)}, "overridden": self.overridden}
         parent, beside = self.directory / "snapshots", self.targets.state() | self.sparse.state(engine)
-        snapshot.save(parent, spent.step, engine, self.belongs(), cursor, self.spec.keep, beside)
+        snapshot.save(parent, spent.step, engine, self.of, about, self.spec.keep, beside, self.spec.local)
 
     def _loop(self, engine: Engine, spent: Spent) -> None:
         with (
@@ -202,14 +203,13 @@ class Stage:
     def _step(self, engine: Engine, spent: Spent, stopped) -> tuple[dict, bool]:
         """One update; returns its log entry and whether any rank was told to stop."""
         began, step = time.perf_counter(), spent.step
-        torch.manual_seed(hash((self.seed, step, world.rank())))  # dropout: a function of these three
         progress = Progress(step=step, steps=self.steps, tokens=spent.tokens, flops=spent.flops)
         part = hooks.drawn(self.cost.parts, self.seed, step)
         active, before = self._active(progress), self.targets.calls
         self.sparse.before(progress)
         batches = self.data(step, mask.at(progress) if (mask := self.subject.mask) else None)
         counts, real, pairs = self._count(batches, active)
-        sums, teaching = self._learn(engine, batches, active, counts, part)
+        sums, teaching = self._learn(engine, step, batches, active, counts, part)
         *totals, stop = world.agree(*sums.values(), float(stopped()))
         means = {key: total / counts[key] for key, total in zip(sums, totals, strict=True)}
         self._insist_on_finite(means, step)
@@ -247,10 +247,12 @@ class Stage:
             raise UserError(f"{self.directory.name}: every loss has weight 0 at step {progress.step + 1}")
         return active
 
-    def _learn(self, engine: Engine, batches: list[dict], active: dict, counts: dict, part) -> tuple[dict, float]:
+    def _learn(self, engine: Engine, step: int, batches: list[dict], active: dict, counts: dict, part) -> tuple:
         """Gradients of all micro-batches; returns this rank's sum of every term and the seconds spent in teachers."""
         sums, teaching = Counter(), 0.0
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            place = world.rank() + number * world.size()  # in the step, whatever the number of ranks
+            torch.manual_seed(hash((self.seed, step, place)))  # dropout: a function of these three
             asked = time.perf_counter()
             targets = self.targets(batch, active)
             teaching += time.perf_counter() - asked if targets else 0.0

@@ -120,6 +120,31 @@ def total(tensor):
     return tensor
 
 
+def told(value: T) -> T:
+    """What the first rank says, on every rank."""
+    if size() > 1:
+        import torch
+        import torch.distributed as dist
+
+        start()
+        said = [value]
+        dist.broadcast_object_list(said, device=torch.device("cpu"))
+        (value,) = said
+    return value
+
+
+def gathered(value: T) -> list[T]:
+    """What every rank says, in their order, on every rank."""
+    if size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    start()
+    said: list = [None] * size()
+    dist.all_gather_object(said, value)
+    return said
+
+
 def first(work: Callable[[], T]) -> T | None:
     """Rank 0 does `work`, the others wait; if it fails, every rank fails (the others with a plain message)."""
     result, failure = None, None

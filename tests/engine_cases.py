@@ -121,7 +121,7 @@ class Run:
 
 
 def resumes(precision: str) -> bool:
-    """Three steps, a snapshot on disk, two more: against two steps of a new engine that has read the snapshot.
+    """Three steps, snapshots on disk, two more: against two steps of a new engine that has read them, each in turn.
 
     The new one recomputes activations, which changes no bit either.
     """
@@ -129,23 +129,34 @@ def resumes(precision: str) -> bool:
     for step in range(3):
         run.step(step)
     with shared_directory() as parent:
-        belongs = {"recipe_digest": "r", "stage": STAGE, "ranks": world.size()}
-        path = snapshot.save(parent, 3, run.engine, belongs, {"position": 3 * BATCH})
+        whole = snapshot.save(parent / "whole", 3, run.engine, {"lr": LR}, {"cursor": {"position": 3 * BATCH}})
+        local = snapshot.save(parent / "local", 3, run.engine, {"lr": LR}, {}, local=True)
         losses, end = [run.step(3), run.step(4)], run.state()
         run.engine.close()
         again = Run(precision, checkpointing=True)
-        assert snapshot.latest(parent) == path
-        assert snapshot.restore(path, again.engine, belongs)["step"] == 3
-        try:
-            snapshot.restore(path, again.engine, {**belongs, "recipe_digest": "other"})
-            raise AssertionError("a snapshot of another recipe was taken")
-        except UserError as error:
-            assert "recipe_digest was 'r', is 'other'" in str(error)
-        same = [again.step(3), again.step(4)] == losses
-        found = again.state()
+        assert snapshot.latest(parent / "local") == local
+        assert (local / "master.safetensors").is_file() == (STAGE == 0)
+        same = True
+        for path in (whole, local):
+            snapshot.restore(path, again.engine, {"lr": LR})
+            same &= [again.step(3), again.step(4)] == losses
+            found = again.state()
+            same &= all(torch.equal(end[key], found[key]) for key in end)
+        says_what_changed(whole, again.engine)
         again.engine.close()
         world.barrier()
-    return same and all(torch.equal(end[key], found[key]) for key in end)
+    return same
+
+
+def says_what_changed(path: Path, engine: Engine) -> None:
+    """A snapshot of something else is refused, or taken and the difference recorded."""
+    try:
+        snapshot.restore(path, engine, {"lr": 0.5})
+        raise AssertionError("a snapshot of another recipe was taken")
+    except UserError as error:
+        assert f"\n  lr {LR} -> 0.5\n" in str(error)
+    told = snapshot.restore(path, engine, {"lr": 0.5}, accept=True)["overridden"]
+    assert told == [{"step": 3, "changes": [f"lr {LR} -> 0.5"]}]
 
 
 def shared_directory():

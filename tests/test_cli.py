@@ -96,7 +96,7 @@ def test_every_command_explains_itself_with_an_example(name):
 def test_the_public_options_are_these():
     options = {name: sorted(o for p in command.params for o in p.opts) for name, command in main.commands.items()}
     assert options == {
-        "run": ["--dry-run", "--fresh", "--from", "--out", "--ranks", "overrides", "recipe"],
+        "run": ["--accept-changes", "--dry-run", "--fresh", "--from", "--out", "--ranks", "overrides", "recipe"],
         "list": [],
         "schema": [],
         "report": ["directory"],

@@ -133,12 +133,28 @@ def test_two_ranks_on_another_stage_make_the_same_student(place, whole):
 def test_a_snapshot_with_a_flipped_bit_is_refused(place, whole):
     assert run(place, "spoilt", fault="train.step:kill:4").returncode == -9
     (file,) = (place / "spoilt/student/snapshots").glob("*/master.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    whole_file = file.read_bytes()
+    file.write_bytes(whole_file[:-1] + bytes([whole_file[-1] ^ 1]))
     refused = run(place, "spoilt")
     assert refused.returncode == 1 and str(file.relative_to(place)) in refused.stderr
     assert "Traceback" not in refused.stderr
+    file.write_bytes(whole_file)
+
+
+def test_an_interrupted_run_goes_on_with_another_recipe_when_told_to_and_the_report_says_so(place):
+    """Goes on where the one before has stopped, after two steps."""
+    change, said = "student.train.optim.weight_decay=0.5", "optim.weight_decay 0.01 -> 0.5"
+    refused = run(place, "spoilt", change)
+    assert refused.returncode == 1
+    assert f"has changed since:\n  {said}\nundo that, or go on all the same" in refused.stderr
+    assert run(place, "spoilt", change, "--accept-changes", fault="train.step:kill:2").returncode == -9
+    ended = run(place, "spoilt", change)  # what was accepted once is what it is made from
+    assert ended.returncode == 0 and "resumed from" in ended.stderr, ended.stderr
+    told = f"student was changed after step 2: {said}."
+    assert told in (place / "spoilt/report.md").read_text() and told in ended.stderr
+    assert told in (place / "spoilt/student/model/README.md").read_text()
+    metrics = json.loads((place / "spoilt/student/stage.json").read_text())["metrics"]
+    assert metrics["overridden"] == [{"step": 2, "changes": [said]}]
 
 
 def test_when_a_rank_is_killed_the_other_ends_with_a_line(place):

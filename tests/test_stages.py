@@ -172,10 +172,35 @@ def test_an_interrupted_stage_goes_on_with_what_it_left(runs, capsys):
 
 def test_an_interrupted_stage_does_not_go_on_with_another_recipe(runs):
     runs(break_in="second")
-    with pytest.raises(UserError, match=r"lr 0.1 -> 0.2.*--from second"):
-        runs("second.train.lr=0.2")
+    with pytest.raises(UserError) as refused:
+        runs("second.train.lr=0.2", "second.train.stop.steps=4")
+    assert str(refused.value).splitlines() == [
+        "second was interrupted and has changed since:",
+        "  lr 0.1 -> 0.2",
+        "  stop.steps 3 -> 4",
+        "undo that, or go on all the same, which will be recorded, with --accept-changes, or begin it again with "
+        "--from second",
+    ]
     assert (runs.out / "second" / "kept").exists()
     assert runs("second.train.lr=0.2", start_from="second") == ["second", "twin", "report", "table"]
+
+
+def test_a_change_that_is_accepted_lets_an_interrupted_stage_go_on_and_no_other(runs, capsys):
+    runs(break_in="second")
+    change = "second.train.lr=0.2"
+    assert runs(change, "twin.train.lr=0.3", accept_changes=True) == ["second", "twin", "report", "table"]
+    assert (runs.out / "second" / "kept").exists()
+    said = capsys.readouterr().err
+    assert "second: goes on where it was interrupted, changed since: lr 0.1 -> 0.2" in said
+    assert runs.manifest("second")["inputs"]["lr"] == 0.2 and runs(change, "twin.train.lr=0.3") == ["table"]
+    assert runs(accept_changes=True) == ["second", "twin", "report", "table"]  # finished: done again, not gone on with
+    assert not (runs.out / "second" / "snapshots" / "old").exists()
+
+
+def test_what_a_stage_started_as_cannot_be_changed_under_way(runs):
+    runs(break_in="twin")
+    with pytest.raises(UserError, match=r"(?s)student.new.like teacher -> nothing.*decides what it started as. undo"):
+        runs("twin.train.student={from: teacher}", accept_changes=True)
 
 
 def test_an_interrupted_stage_that_saved_nothing_yet_begins_again_with_the_new_recipe(runs, capsys):

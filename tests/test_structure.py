@@ -80,7 +80,7 @@ def test_the_public_surface_grows_by_decision():
         for program, group in (("distill", distill_main), ("growth", growth_main))
         for name, command in group.commands.items()
     }
-    assert options["distill run"] == {"--out", "--dry-run", "--from", "--fresh", "--ranks"}
+    assert options["distill run"] == {"--out", "--dry-run", "--from", "--fresh", "--accept-changes", "--ranks"}
     assert {"distill list", "distill schema", "distill report"} == {n for n in options if n.startswith("distill")} - {
         "distill run"
     }

@@ -46,12 +46,20 @@ def gather(run: Path) -> dict:
         "notes": list(dict.fromkeys((facts["title"], facts["note"]) for result in found.values() for facts in
                                     result["metrics"].values())),
         "stages": [stage for stage in recipe["stages"] if "train" in stage],
+        "overridden": [said for stage in recipe["stages"] if "train" in stage for said in _changed(run, stage["id"])],
         "corpora": recipe.get("corpora", {}),
         "collections": recipe.get("collections", {}),
         "refined": {stage["id"]: stage["data"] for stage in recipe["stages"] if "data" in stage},
         "models": recipe.get("models", {}),
         **{key: last[key] for key in PASSED_ON},
     }  # fmt: skip
+
+
+def _changed(run: Path, stage: str) -> Iterator[str]:
+    """What was changed under way (--accept-changes), in sentences."""
+    for path in sorted([*run.glob(f"{stage}/stage.json"), *run.glob(f"{stage}@*/stage.json")]):
+        for one in (read_json(path).get("metrics") or {}).get("overridden", []):
+            yield f"{path.parent.name} was changed after step {one['step']:,}: {', '.join(one['changes'])}."
 
 
 def _compared(stage: str, found: dict[str, dict]) -> Iterator[dict]:
@@ -79,8 +87,8 @@ def public(report: dict) -> dict:
         for row in report["rows"]
     ]
     passed_on = {key: report[key] for key in PASSED_ON}
-    compared = {"comparisons": report["comparisons"]} if report["comparisons"] else {}
-    return {"recipe": report["recipe"], "equal": report["equal"], "rows": rows} | compared | passed_on
+    told = {key: report[key] for key in ("comparisons", "overridden") if report[key]}
+    return {"recipe": report["recipe"], "equal": report["equal"], "rows": rows} | told | passed_on
 
 
 def training_logs(run: Path, stages: list[dict]) -> dict[str, list[list[dict]]]:

@@ -95,7 +95,7 @@ def sentences(report: dict) -> list[str]:
 
     Rankers are compared query by query, in a sentence for each that a student is compared with.
     """
-    found = savings.sentences(report["runners"])
+    found = [*report["overridden"], *savings.sentences(report["runners"])]
     for row in report["rows"]:
         if row["role"] == "student":
             found += [text for text in (_sentence(report, row), *_by_query(report, row["name"])) if text]

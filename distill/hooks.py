@@ -1,23 +1,21 @@
 """What changes during training: parts of the student that sit a step out, parameters that are never trained.
 
-A hook is a frozen value whose fields are recipe keys. `check` says what cannot work before weights are loaded,
-`prepare` is called once with the student before the engine has it, `parts` says what of the student may take part in
-a step; one of them is drawn for every step. A new hook is a value here and a line in `HOOKS`. No torch.
+A new hook is a `Hook` here, or in a file of its own, and a line in `HOOKS`. No torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distill.hook import Hook, Part
 from distill.lowrank.refactor import Refactor
-from distill.schedules import Several, Value
+from distill.schedules import Several
 from distill.sparsity.values import Mask, Sparsify
 from growth.errors import UserError
 from growth.files import read_json
@@ -30,26 +28,7 @@ if TYPE_CHECKING:
     from distill.objectives import Objective
 
 
-@dataclass(frozen=True)
-class Part:
-    """What of a student takes part in a step: its first `depth` blocks run, those from `first` on are updated."""
-
-    depth: int
-    first: int = 0
-
-
-class Hook(Protocol):
-    def check(self, student: Facts, objectives: Iterable[Objective]) -> list[str]:
-        """Every reason why this cannot work, before weights are loaded."""
-
-    def prepare(self, student: nn.Module, start: Path) -> None:
-        """Once, before the engine has the student; `start` is the checkpoint it was loaded from."""
-
-    def parts(self) -> tuple[Part, ...]:
-        """What may take part in a step; (): all of the student, always."""
-
-
-class Submodel(Value):
+class Submodel(Hook):
     """Every step trains the top of a shallower student (bert2BERT, Chen et al. 2022, arXiv 2110.07143).
 
     A step draws a depth, runs that many of the first blocks and updates the top `train_top` of them and what comes
@@ -75,14 +54,11 @@ class Submodel(Value):
             return [*deep, "losses must read the head alone: a tapped layer may not run"]
         return deep
 
-    def prepare(self, student: nn.Module, start: Path) -> None:
-        pass
-
     def parts(self) -> tuple[Part, ...]:
         return tuple(Part(depth, depth - self.train_top) for depth in self.depths)
 
 
-class Freeze(Value):
+class Freeze(Hook):
     """Parameters that are never trained; gradients still pass through them."""
 
     train: Literal["new"] | None = Field(None, description="new: only the layers that growth.json says were added")
@@ -110,9 +86,6 @@ class Freeze(Value):
             found[n].requires_grad_(False)
         for table in _tables(student) if self.embeddings else ():
             table.requires_grad_(False)
-
-    def parts(self) -> tuple[Part, ...]:
-        return ()
 
 
 HOOKS: dict[str, type[Hook]] = {

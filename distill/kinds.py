@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distill.choice import OneOf, one_of
 from distill.evaluate import METRICS, OF_RANKERS, ranks
-from distill.hooks import HOOKS, Hook
+from distill.hook import Hook
+from distill.hooks import HOOKS
 from distill.lowrank.spec import LowRankSpec
 from distill.objectives import OBJECTIVES, RANKING
 from distill.operators import BARE, OPERATORS, Operator
 from distill.refine import OPS, DataOp
 from distill.schedules import Pair, Schedule, Several, Value
+from distill.sparsity.optimizers import mixing
 from distill.specs import BM25, Name, Positive, RankerSpec, Share
 from growth.errors import did_you_mean
 
@@ -160,6 +162,13 @@ class OptimSpec(Value):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _tell_why_not(cls, name: Any) -> Any:
+        if isinstance(name, str) and (why := mixing(name)):
+            raise ValueError(f"{name!r} is not one of adamw, and masks could not be kept with it: {why}")
+        return name
 
 
 class StopSpec(OneOf):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from launch import launch
 from mask_cases import BATCH, LR, OPTIM, SPOILT, STEPS, Changes, Net
 
+from distill.kinds import OptimSpec
 from distill.schedules import Progress
 from distill.sparsity.choosing import Groups, largest, rewired
 from distill.sparsity.optimizers import KEEP_ZEROS, of_engine, why_not
@@ -173,10 +174,16 @@ def test_an_optimizer_that_is_allowed_keeps_zeros(name):
     assert spun(getattr(torch.optim, name), **asked, **decays) == 0 and why_not(name) is None
 
 
+@pytest.mark.parametrize("name", ["muon", "Shampoo", "soap", "galore_adamw", "lion", "OneBitAdam", "1-bit adam"])
+def test_a_recipe_that_asks_for_one_that_revives_dead_weights_is_told_so(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not one of adamw, and masks could not be kept with it: "):
+        OptimSpec(name=name, batch=4)
+
+
 def test_muon_and_what_is_not_known_are_refused_with_the_reason():
     assert spun(torch.optim.Muon) > 0
     assert "with Muon: its update is an orthogonalised matrix" in why_not("Muon")
-    assert "whether zeros stay zero is not known of it; adamw can" in why_not("Lion")
+    assert "whether zeros stay zero is not known of it; adamw can" in why_not("Lamb")
     told = {"optimizer": {"type": "OneBitAdam"}, "zero_optimization": {"zero_quantized_gradients": True}}
     assert [line.split(":")[0] for line in of_engine(told)] == [
         "engine.deepspeed.optimizer",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from distill.schedules import Value
+from distill.hook import Hook
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from distill.engine import Engine
 
 
-class Refactor(Value):
+class Refactor(Hook):
     """The SVD of every B A takes its place, and the optimizer starts over (Glentis et al. 2025, arXiv 2505.22922).
 
     The function stays what it is, and so do the values; the learning rate comes back within a few steps.
@@ -25,15 +24,6 @@ class Refactor(Value):
 
     every: Annotated[int, Field(gt=0)] = Field(description="steps between two of them")
     recovery: Annotated[int, Field(ge=0)] = Field(10, description="steps in which the learning rate returns, a cosine")
-
-    def check(self, student, objectives: Iterable) -> list[str]:
-        return []
-
-    def prepare(self, student: nn.Module, start: Path) -> None:
-        pass
-
-    def parts(self) -> tuple:
-        return ()
 
     def due(self, step: int, steps: int) -> bool:
         """After so many of all steps; behind the last one it would only lose what is left of its accuracy."""

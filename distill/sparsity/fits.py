@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from distill import sources
-from distill.sparsity.optimizers import of_engine, why_not
+from distill.sparsity.optimizers import of_engine
 from distill.sparsity.values import Mask, Sparsify
 from growth.bits import FILE, read_masks
 from growth.errors import UsageError
@@ -75,8 +75,6 @@ def misfits(stage: Any, planned: Any) -> Iterator[str]:
         yield "hooks: sparsify keeps the masks of its start already; leave mask out"
     yield from _company(train)
     yield from of_engine(planned.recipe.engine.deepspeed)
-    if why := why_not(train.optim.name):
-        yield f"optim.name: {why}"
     if mask:
         yield from _of_mask(mask, start, planned)
     else:

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill.schedules import Pair, Progress, Schedule, Several, Value
+from distill.hook import Hook
+from distill.schedules import Pair, Progress, Schedule, Several
 from growth.gradual import DENSE, EVERY, PRUNED, Gradual
 from growth.scope import AXES
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Positive = Annotated[int, Field(gt=0)]
 SCOPE = tuple(AXES)
 RIGL = Schedule(unit="fraction", points=[(0, 0.3), (0.75, 0.0)], shape="cosine")  # the paper's, 3 of 10 at first
 
 
-class _Keeps(Value):
+class _Keeps(Hook):
     check_every: Positive = Field(100, description="steps between two looks at whether what is dead is zero")
     hold: Literal["bools", "bits"] = Field(
         "bools", description="masks in memory: a byte a weight, or a bit that every step unpacks"
     )
-
-    def check(self, student, objectives: Iterable) -> list[str]:
-        return []
-
-    def prepare(self, student: nn.Module, start: Path) -> None:
-        pass
-
-    def parts(self) -> tuple:
-        return ()
 
 
 class Mask(_Keeps):

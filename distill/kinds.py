@@ -248,6 +248,13 @@ class TrainSpec(Value):
         return self
 
     @model_validator(mode="after")
+    def _check_perturbation(self) -> TrainSpec:
+        lowrank = self.student.lowrank
+        if "perturbation" in dict(self.objectives()) and (not lowrank or lowrank.density or self.student.new):
+            raise ValueError("loss: perturbation needs a student made from a model, with lowrank of density 0")
+        return self
+
+    @model_validator(mode="after")
     def _check_hooks(self) -> TrainSpec:
         names = [hook.named()[0] for hook in self.hooks]
         if twice := next((name for name in names if names.count(name) > 1), None):

@@ -15,6 +15,7 @@ from distill.preflight import micro_batch
 from distill.schedules import Progress
 from distill.sparsity import stored
 from distill.sparsity.values import Mask
+from distill.taps import DEVIATIONS
 from distill.teachers import depth
 from distill.teachers.targets import Source, Targets, opened
 from growth import files
@@ -53,7 +54,11 @@ class Language:
                 )
 
             factors = student.lowrank
-            students.begin(make, start, factors, seed, random=student.new is not None) if factors else make(start)
+            if not factors:
+                make(start)
+            else:
+                deviates = any(DEVIATIONS in objective.needs().student for objective in self.objectives.values())
+                students.begin(make, start, factors, seed, random=student.new is not None, origin=deviates)
         return start
 
     def _cost(self):

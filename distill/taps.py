@@ -21,12 +21,14 @@ from distill import classifiers, heads, layout, loading
 from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
 from distill.forwards import Recomputed, replaced
 from distill.heads import Logits, Mixture
+from distill.lowrank.module import deviations
 from distill.objectives.crossing import Scores
 from growth.errors import UserError, did_you_mean
 
 ROLES = (*IN_ATTENTION, "input", "hidden")
 EMBEDDINGS = Tap("input", 0)  # what the first block is given
 OUTPUT = Tap("output", -1)  # what the base model hands on: the last hidden states, after a norm behind the blocks
+DEVIATIONS = Tap("deviations", -1)  # of all factors from the matrices that they came from [n]
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]], layers: int | None = 
     beginning; negative numbers count from there.
     """
     base, seen, asked = _base(model), Seen(), [Tap(*t) for t in taps]
-    listeners = _listeners(base, [t for t in asked if t != OUTPUT], seen, layers)
+    listeners = _listeners(base, [t for t in asked if t not in (OUTPUT, DEVIATIONS)], seen, layers)
     with ExitStack() as undo:
         for (block, _), listener in listeners.items():
             _attach(block, listener, undo)
         undo.callback(base.register_forward_pre_hook(lambda *_: _begin(seen, listeners.values())).remove)
         undo.callback(base.register_forward_hook(lambda *_: _finish(model, listeners.values())).remove)
+        if DEVIATIONS in asked:
+            undo.callback(base.register_forward_hook(lambda *_: seen.update({DEVIATIONS: deviations(base)})).remove)
         if OUTPUT in asked:
             undo.callback(base.register_forward_hook(lambda *run: seen.update({OUTPUT: run[-1][0]})).remove)
         try:

@@ -21,6 +21,7 @@ from distill.lowrank.spec import LowRankSpec
 from distill.objectives import OBJECTIVES
 
 SPEC = LowRankSpec(rank=7, alpha=3.0, density=0.1)
+LOSSES = {"ce": OBJECTIVES["ce"](objective="mlm"), "perturbation": OBJECTIVES["perturbation"]()}
 AGAIN, SAVED, STEPS = Refactor(every=2, recovery=0), 3, 4
 CELLS = {  # by the number of ranks
     1: [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
@@ -32,7 +33,7 @@ def student() -> torch.nn.Module:
     """Factors of which none is zero."""
     model = tiny.model("bert", head="mlm", seed=1, num_hidden_layers=2)
     for name, f in students.factors_of(model, SPEC, 0, random=False).items():
-        students.hold(model, name.removesuffix(".weight"), f)
+        students.hold(model, name.removesuffix(".weight"), f, model.get_parameter(name).detach().clone())
     return model
 
 
@@ -40,7 +41,7 @@ class Run:
     """The loop of train.py without the recipe around it."""
 
     def __init__(self, stage: int, precision: str):
-        self.lesson = Lesson(student(), {"ce": OBJECTIVES["ce"](objective="mlm")})
+        self.lesson = Lesson(student(), LOSSES)
         self.data = Data(Rows(), BATCH, 4, True, torch.device("cpu"))
         spec = SimpleNamespace(zero=stage, precision=precision, deepspeed={})
         self.engine = Engine(self.lesson, spec, SimpleNamespace(**OPTIM), 4)
@@ -48,9 +49,10 @@ class Run:
 
     def step(self, step: int) -> None:
         objectives, batches = self.lesson.objectives, self.data(step)
-        (count,) = world.agree(sum(float(objectives["ce"].count(batch)["mlm"]) for batch in batches))
+        count, runs = world.agree(sum(float(objectives["ce"].count(batch)["mlm"]) for batch in batches), len(batches))
         for batch in batches:
-            self.engine.backward(self.engine(batch, {}, objectives)["ce.mlm"] / count)
+            terms = self.engine(batch, {}, objectives)
+            self.engine.backward(terms["ce.mlm"] / count + terms["perturbation.max"] / runs)
         self.engine.step(LR)
         if AGAIN.due(step + 1, STEPS):
             before = self.state()

@@ -18,15 +18,15 @@ from launch import launch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill import models, taps
+from distill import models, preflight, recipe, taps
+from distill.context import Context
 from distill.lesson import Lesson
 from distill.lowrank import counting, students
-from distill.lowrank.module import SparseLowRank
+from distill.lowrank.module import SparseLowRank, deviations
 from distill.lowrank.spec import LowRankSpec
-from distill.objectives import OBJECTIVES
 from distill.taps import trace
 from growth import factored, families, scope
-from growth.errors import UserError
+from growth.errors import UsageError, UserError
 from growth.files import sha256
 
 SPARSE = LowRankSpec(rank=7, alpha=3.0, density=0.1)
@@ -88,6 +88,17 @@ def test_between_forward_and_backward_no_dense_matrix_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(torch.randn(2, 50, requires_grad=True)).sum().backward()
     assert sum(kept) == 2 * 50 + 3 * (40 + 50) + 30 + 30 < 40 * 50
+
+
+def test_the_farthest_weight_and_its_gradient_are_those_that_autograd_finds():
+    f, W = factors(n=0), torch.randn(13, 9, generator=torch.Generator().manual_seed(6))
+    layer = SparseLowRank(f, None, W).double()
+    layer(torch.randn(2, 9, dtype=torch.float64))
+    (found,) = deviations(layer)
+    wanted = (layer.scale * layer.B @ layer.A - W.double()).abs().max()
+    assert torch.allclose(found, wanted, atol=1e-12) and layer.deviation is None
+    pairs = zip(*(torch.autograd.grad(d, [layer.B, layer.A]) for d in (found, wanted)), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-12) for ours, theirs in pairs)
 
 
 def test_places_are_as_many_as_said_ascending_and_in_32_bits_where_they_fit():
@@ -229,12 +240,12 @@ def plain() -> torch.Tensor:
             layer.forward = functools.partial(written_out, layer)
     groups = [{"params": p, "weight_decay": OPTIM["weight_decay"] if p.dim() > 1 else 0.0} for p in named.values()]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=OPTIM["betas"], eps=OPTIM["eps"])
-    lesson = Lesson(model, {"ce": OBJECTIVES["ce"](objective="mlm")})
+    lesson = Lesson(model, {"ce": lowrank_cases.LOSSES["ce"]})
     for step in range(2):
         batch = Rows().at(range(step * BATCH, (step + 1) * BATCH))
         count = float(lesson.objectives["ce"].count(batch)["mlm"])
         optimizer.zero_grad()
-        (lesson(batch, {}, lesson.objectives)["ce.mlm"] / count).backward()
+        (lesson(batch, {}, lesson.objectives)["ce.mlm"] / count + perturbation(model)).backward()
         torch.nn.utils.clip_grad_norm_(named.values(), OPTIM["clip"])
         optimizer.step()
     return lowrank_cases.flat((name, p.detach()) for name, p in named.items() if p.grad is not None)
@@ -243,6 +254,12 @@ def plain() -> torch.Tensor:
 def written_out(layer, x):
     W = (layer.scale * layer.B @ layer.A).flatten().scatter_add(0, layer.indices.long(), layer.values[0])
     return x @ W.view(layer.B.shape[0], -1).T + layer.bias
+
+
+def perturbation(model):
+    """PELA's, with epsilon 0.001."""
+    layers = [m for m in model.modules() if isinstance(m, SparseLowRank)]
+    return sum(((m.scale * m.B @ m.A - m.origin).abs().max() - 0.001) ** 2 for m in layers) / len(layers)
 
 
 EVERYWHERE = pytest.mark.parametrize("ranks", [1, 2])
@@ -352,6 +369,12 @@ STAGES = {
         "loss": [{"relation_kl": {"target": "t", "heads": 6, "relations": ["qq", "kk", "vv"]}}],
         "stop": {"steps": 2},
     },
+    "near": TRAIN
+    | {
+        "student": {"from": "teacher", "lowrank": {"compress": 2.0}},
+        "loss": [*CE, {"perturbation": {"weight": 0.1}}],
+        "stop": {"steps": 2},
+    },
     "dense": TRAIN | {"student": {"from": "fresh"}, "loss": CE, "stop": {"steps": 2}},
 }
 ROWS = {"student": "fresh", "baseline": "fresh.start", "small": "small", "dense": "dense"}
@@ -373,15 +396,15 @@ def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("place")
     tiny.save(tiny.model("bert", head="mlm"), path / "teacher", tiny.tokenizer())
     first = RECIPE | {"stages": RECIPE["stages"][:1]}
-    for name, recipe in {"factors": RECIPE, "first": first}.items():
-        (path / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for name, written in {"factors": RECIPE, "first": first}.items():
+        (path / f"{name}.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
     ended = run(path, "whole")
     assert ended.returncode == 0, ended.stderr
     return path
 
 
-def run(place, out, *more, recipe="factors.yaml", fault=""):
-    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", recipe, "--out", out, *more]
+def run(place, out, written="factors.yaml", fault=""):
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", written, "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -411,13 +434,19 @@ def test_a_run_leaves_an_ordinary_model_with_its_factors_beside_it(place, monkey
     assert [row["name"] for row in rows] == list(ROWS) and len({row["params"] for row in rows}) == 2
 
 
-def _cost(place):
-    from distill import recipe
-    from distill.context import Context
-    from distill.preflight import Planned
+def test_factors_of_a_model_are_told_how_far_they_are_from_it(place):
+    start, model = (place / "whole/near" / name for name in ("start", "model"))
+    origin, before = load_file(start / students.ORIGIN), load_file(place / "teacher/model.safetensors")
+    assert all(torch.equal(W, before[name]) for name, W in origin.items()) and len(origin) == 24
+    apart = [((f.merged() - origin[name]).abs().max() - 0.001) ** 2 for name, f in factored.read(start).items()]
+    told = json.loads((place / "whole/near/log.jsonl").read_text().splitlines()[0])["terms"]
+    assert told["perturbation.max"] == pytest.approx(float(sum(apart)) / 24, rel=0.05)  # bf16
+    assert not (model / students.ORIGIN).exists()
 
+
+def _cost(place):
     read = recipe.load(place / "factors.yaml")
-    planned = Planned(read, Context(read, place / "whole", 0))
+    planned = preflight.Planned(read, Context(read, place / "whole", 0))
     cost = planned.cost(read.stage("fresh"))
     assert cost.runs == 2 and cost.student.rebuilt > 0
     return cost
@@ -430,8 +459,8 @@ def test_the_rate_comes_back_after_every_refactoring(place):
 
 def test_a_killed_run_of_factors_ends_as_the_one_left_in_peace(place):
     """Killed after a refactoring, with moments and a count of steps that are younger than the run."""
-    assert run(place, "hard", recipe="first.yaml", fault="train.step:kill:6").returncode == -9
-    ended = run(place, "hard", recipe="first.yaml")
+    assert run(place, "hard", "first.yaml", fault="train.step:kill:6").returncode == -9
+    ended = run(place, "hard", "first.yaml")
     assert ended.returncode == 0 and "resumed from" in ended.stderr, ended.stderr
     for file in ("model.safetensors", factored.WEIGHTS):
         found, wanted = (place / out / "fresh/model" / file for out in ("hard", "whole"))
@@ -444,9 +473,11 @@ def test_a_killed_run_of_factors_ends_as_the_one_left_in_peace(place):
         ("fresh.train.student.lowrank.alpha=null", "'alpha' is needed"),
         ("fresh.train.student.lowrank.rank=41", "rank 41: encoder.layer.0.intermediate.dense is 40 x 48"),
         ("fresh.train.student.lowrank=null", "refactor needs a student with lowrank"),
+        ("near.train.student.lowrank.density=0.1", "perturbation needs a student made from a model, with lowrank of d"),
     ],
 )
-def test_a_recipe_of_factors_that_cannot_be_is_refused_before_anything_runs(place, change, why):
-    refused = run(place, "never", f"stages.{change}")
-    assert refused.returncode == 2 and why in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
-    assert not (place / "never").exists()
+def test_a_recipe_of_factors_that_cannot_be_is_refused_before_anything_runs(place, monkeypatch, change, why):
+    monkeypatch.chdir(place)
+    with pytest.raises(UsageError, match=why):
+        read = recipe.load("factors.yaml", [f"stages.{change}"])
+        preflight.check(read, Context(read, place / "never", 0), 1)

@@ -40,20 +40,50 @@ class _Product(torch.autograd.Function):
         return dx, dB, dA, dV, flat.sum(0) if wants[4] else None, None, None
 
 
+class _Deviation(torch.autograd.Function):
+    """max |scale B A - W|. A row of B and a column of A make it: they alone are kept, and no parameter is read in
+    backward, when ZeRO 3 may have taken it away."""
+
+    @staticmethod
+    def forward(ctx, B: Tensor, A: Tensor, W: Tensor, scale: float):
+        wide = torch.promote_types(B.dtype, torch.float32)  # 16 bits would round by as much as it may be
+        apart = (B.to(wide) @ A.to(wide)).mul_(scale).sub_(W).flatten()  # [out * in]
+        at = apart.abs().argmax()
+        i, j, slope = at // W.shape[1], at % W.shape[1], scale * apart[at].sign()
+        ctx.save_for_backward(i, j, slope * B[i], slope * A[:, j])
+        ctx.shapes = B.shape, A.shape
+        return apart[at].abs()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        i, j, b, a = ctx.saved_tensors  # [rank]
+        dB, dA = (b.new_zeros(shape) for shape in ctx.shapes)
+        dB[i], dA[:, j] = upstream * a, upstream * b
+        return dB, dA, None, None
+
+
 class SparseLowRank(nn.Module):
-    """In the place of a Linear or a Conv1D; owns its factors, so that ZeRO 3 gathers them around its forward pass."""
+    """In the place of a Linear or a Conv1D; owns its factors, so that ZeRO 3 gathers them around its forward pass.
+
+    Given the matrix of its `origin`, every forward pass leaves in `deviation` how far the farthest weight is from it.
+    """
 
     weight = None  # T5 asks whether there is one
 
-    def __init__(self, factors: Factors, bias: nn.Parameter | None):
+    def __init__(self, factors: Factors, bias: nn.Parameter | None, origin: Tensor | None = None):
         super().__init__()
         self.B, self.A = (nn.Parameter(f.contiguous()) for f in (factors.B, factors.A))  # an SVD's lie by columns
         self.bias, self.scale = bias, factors.scale
         # two dimensions: entries of a matrix decay, vectors do not (engine.groups)
         self.values = nn.Parameter(factors.values[None]) if factors.values.numel() else None  # [1, n]
         self.register_buffer("indices", factors.indices, persistent=False)
+        self.register_buffer("origin", origin, persistent=False)
+        self.deviation: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.origin is not None:
+            self.deviation = _Deviation.apply(self.B, self.A, self.origin, self.scale)
         if self.values is None:
             return nn.functional.linear(nn.functional.linear(x, self.A) * self.scale, self.B, self.bias)
         return _Product.apply(x, self.B, self.A, self.values, self.bias, self.indices, self.scale)
@@ -61,3 +91,12 @@ class SparseLowRank(nn.Module):
     def extra_repr(self) -> str:
         (out, rank), n = self.B.shape, self.indices.numel()
         return f"{self.A.shape[1]} -> {out}, rank {rank}, {n} values"
+
+
+def deviations(module: nn.Module) -> Tensor:
+    """Those that the last forward pass left, of all layers [n]."""
+    layers = [layer for layer in module.modules() if isinstance(layer, SparseLowRank) and layer.origin is not None]
+    found = torch.stack([layer.deviation for layer in layers])
+    for layer in layers:
+        layer.deviation = None  # it holds a graph
+    return found

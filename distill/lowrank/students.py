@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +27,7 @@ from growth.scope import matrices
 
 CLOSE = 1e-5  # merged in float32, then cast to what the checkpoint stores: float32
 TRAINED = ("B", "A", "values")
+ORIGIN = "origin.safetensors"  # of a start: {weight: its matrix before it became factors}
 
 
 # Which matrices
@@ -96,8 +99,13 @@ def factors_of(model: nn.Module, spec: LowRankSpec, seed: int, random: bool) -> 
     }
 
 
-def begin(make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: int, random: bool) -> Path:
-    """The student before its first step, of the dense one that `make` makes: an ordinary checkpoint and its factors."""
+def begin(
+    make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: int, random: bool, origin: bool = False
+) -> Path:
+    """The student before its first step, of the dense one that `make` makes: an ordinary checkpoint and its factors.
+
+    `origin`: and the matrices that they came from, for a loss that compares.
+    """
     scratch = start.with_name(f"{start.name}.dense")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
@@ -106,8 +114,9 @@ def begin(make: Callable[[Path], Path], start: Path, spec: LowRankSpec, seed: in
             raise UserError("lowrank: the student has masks, which factors would not keep; `densify` it first")
         model = models.load(dense, loading.own_head(loading.configuration(dense)))
         factors = factors_of(model, spec, seed, random)
+        whole = _whole(model, factors) if origin else {}
         _fill(model, factors)
-        beside = partial(factored.write, factors=factors, made=spec.model_dump(mode="json", exclude_none=True))
+        beside = partial(_write, factors, whole, spec.model_dump(mode="json", exclude_none=True))
         models.save(model, start, carry=dense, story={"preserves": "no"}, beside=beside)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -137,6 +146,17 @@ def _turned(layer: nn.Module, W: Tensor) -> Tensor:
     return W.T.contiguous() if isinstance(layer, Conv1D) else W
 
 
+def _whole(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+    return {name: _turned(layer, layer.weight.detach()).clone() for name, layer in layers.items()}
+
+
+def _write(factors: Mapping[str, Factors], whole: dict[str, Tensor], made: Mapping[str, Any], directory: Path) -> None:
+    factored.write(directory, factors, made)
+    if whole:
+        save_file(whole, directory / ORIGIN)
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, factors: Mapping[str, Factors]) -> None:
     for name, f in factors.items():
@@ -150,20 +170,21 @@ def _fill(model: nn.Module, factors: Mapping[str, Factors]) -> None:
 def load(start: Path, head: str | None) -> nn.Module:
     """The student with its factors in the place of its matrices."""
     model, factors = models.load(start, head), factored.read(start)
+    origin = load_file(start / ORIGIN) if (start / ORIGIN).is_file() else {}
     layers = {f"{loading.inside(name, model)}.weight": (name, module) for name, module in model.named_modules()}
     for weight, f in factors.items():
         name, layer = layers.get(loading.inside(weight, model), (None, None))
         if not isinstance(layer, nn.Linear | Conv1D):
             raise UserError(f"{start}: {factored.STORY} names {weight}, which the model does not have")
         _refuse_other(start, weight, _turned(layer, layer.weight.detach()), f)
-        hold(model, name, f)
+        hold(model, name, f, origin.get(weight))
     return model
 
 
-def hold(model: nn.Module, name: str, f: Factors) -> None:
+def hold(model: nn.Module, name: str, f: Factors, origin: Tensor | None = None) -> None:
     """Put factors in the place of a linear layer; its bias stays."""
     parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, SparseLowRank(f, model.get_submodule(name).bias))
+    setattr(model.get_submodule(parent), own, SparseLowRank(f, model.get_submodule(name).bias, origin))
 
 
 def _refuse_other(start: Path, name: str, W: Tensor, f: Factors) -> None:

@@ -10,6 +10,7 @@ from importlib import import_module
 from distill.objectives.attention_scores import AttentionMSE
 from distill.objectives.ce import CrossEntropy
 from distill.objectives.distribution import Divergence
+from distill.objectives.perturbation import Perturbation
 from distill.objectives.protocol import Needs, Objective
 from distill.objectives.ranked import Contrastive, InBatchMargin, ListwiseKL, MarginMSE, PointwiseMSE, RankNet
 from distill.objectives.relation import RelationKL
@@ -30,6 +31,7 @@ OBJECTIVES = {
     "divergence": Divergence,
     "aligned": Aligned,
     "hidden": Hidden,
+    "perturbation": Perturbation,
     "attention_mse": AttentionMSE,
     **RANKING,
 }
@@ -69,6 +71,7 @@ __all__ = [
     "MarginMSE",
     "Needs",
     "Objective",
+    "Perturbation",
     "PointwiseMSE",
     "RankNet",
     "RelationKL",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from distill import classifiers, corpus, layout, models, world
+from distill import classifiers, corpus, layout, models, sources, world
 from distill.cost import cost_of
 from distill.lesson import HELDOUT_SEED, Data, Heldout, Lesson
 from distill.lowrank import counting, students
@@ -108,7 +108,8 @@ class Language:
     def belongs(self) -> dict:
         """What else the training state is of."""
         tokenizer = {"tokenizer": self.corpus.manifest["tokenizer_digest"]}
-        return tokenizer | ({"factors": students.digest(self.start)} if self.spec.student.lowrank else {})
+        factors = {"factors": students.digest(self.start)} if self.spec.student.lowrank else {}
+        return tokenizer | factors | sources.masks(self.start)
 
     def summary(self, entries: list[dict]) -> dict:
         """What else the metrics of the stage are."""

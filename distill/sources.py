@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from distill.ranking.kinds import ABOUT, ENCODER
-from growth import files
+from growth import bits, files
 from growth.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -52,7 +52,7 @@ def weights_sha256(path: Path) -> str:
     single = path / "model.safetensors"
     if single.exists():
         return files.sha256(single)
-    weights = sorted({*path.glob(WEIGHTS), *encoder(path).glob(WEIGHTS)})
+    weights = sorted(w for w in {*path.glob(WEIGHTS), *encoder(path).glob(WEIGHTS)} if w.name != bits.FILE)
     if not weights:
         raise UserError(f"{path} has no *.safetensors file")
     lines = "".join(f"{files.sha256(w)}  {w.relative_to(path).as_posix()}\n" for w in weights)
@@ -70,9 +70,16 @@ def encoder(path: Path) -> Path:
 
 
 def identity(path: Path, weights: str | None = None) -> str:
-    """Of the weights and of what says how they compute; `weights`: their sha256, where it is known."""
-    about = [files.sha256(Path(path) / ABOUT)] if scores_pairs(path) else []
-    return files.digest([weights or weights_sha256(path), files.sha256(encoder(path) / "config.json"), *about])
+    """Of the weights, their masks, and what says how they compute; `weights`: their sha256, where it is known."""
+    beside = [files.sha256(Path(path) / ABOUT)] if scores_pairs(path) else []
+    beside += list(masks(path).values())
+    return files.digest([weights or weights_sha256(path), files.sha256(encoder(path) / "config.json"), *beside])
+
+
+def masks(path: Path) -> dict[str, str]:
+    """Their sha256 where there are any: zeros do not tell which weights are dead."""
+    file = encoder(path) / bits.FILE
+    return {"masks": files.sha256(file)} if file.is_file() else {}
 
 
 def weights_of(reference: str, context) -> str:

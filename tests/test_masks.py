@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 
 import mask_cases
 import pytest
@@ -13,12 +14,15 @@ from hypothesis import strategies as st
 from launch import launch
 from mask_cases import BATCH, LR, OPTIM, SPOILT, STEPS, Changes, Net
 
+from distill import sources
 from distill.kinds import OptimSpec
+from distill.language import Language
 from distill.schedules import Progress
 from distill.sparsity.choosing import Groups, largest, rewired
 from distill.sparsity.optimizers import KEEP_ZEROS, of_engine, why_not
 from distill.sparsity.rules import Rewire
 from distill.sparsity.values import Sparsify
+from growth.bits import FILE, Mask, write_masks
 from growth.gradual import Gradual
 
 pytestmark = pytest.mark.timeout(900)  # two launches run all the cells, on machines that do other things too
@@ -149,6 +153,20 @@ def test_rewiring_keeps_a_pattern_along_what_is_summed_over(dim, shape):
     weight = torch.randn(shape, generator=g) * mask
     new = rewired(weight, ~mask, torch.rand(shape, generator=g), 0.3, groups)
     assert set(groups.rows(new).sum(1).tolist()) == {2} and 0 < int((new & ~mask).sum()) <= int(0.3 * 24)
+
+
+def test_other_masks_of_the_same_weights_are_another_model_and_another_training(tmp_path):
+    alive, found = torch.arange(8) < 4, []
+    for name, bools in (("one", alive), ("again", alive), ("other", ~alive)):
+        (tmp_path / name).mkdir()
+        for file in ("model-1-of-1.safetensors", "config.json"):
+            (tmp_path / name / file).write_bytes(b"{}")
+        write_masks(tmp_path / name / FILE, {"w": Mask.of(bools)})
+        trained = SimpleNamespace(lowrank=None, start=tmp_path / name, manifest={"tokenizer_digest": "t"})
+        trained.corpus = trained.spec = trained.student = trained
+        found.append((sources.identity(tmp_path / name), Language.belongs(trained)["masks"]))
+    assert found[0] == found[1] and all(a != b for a, b in zip(found[0], found[2], strict=True))
+    assert len({sources.weights_sha256(tmp_path / name) for name in ("one", "again", "other")}) == 1
 
 
 # Optimizers

@@ -151,7 +151,7 @@ def test_a_changed_stage_is_stale_with_all_that_follows_it_and_says_which_key(ru
     assert "second: runs again (stop.steps 3 -> 5)" in said and "twin: runs again (follows second)" in said
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "masks.safetensors", "config.json"])
 def test_other_contents_of_a_model_make_its_stages_stale(runs, name):
     runs()
     (runs.root / "teacher" / name).write_bytes(b"{ }")

@@ -391,20 +391,26 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A directory with a teacher and a recipe, run to its end."""
+def written(tmp_path_factory):
+    """A directory with a teacher and a recipe."""
     path = tmp_path_factory.mktemp("place")
     tiny.save(tiny.model("bert", head="mlm"), path / "teacher", tiny.tokenizer())
     first = RECIPE | {"stages": RECIPE["stages"][:1]}
-    for name, written in {"factors": RECIPE, "first": first}.items():
-        (path / f"{name}.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
-    ended = run(path, "whole")
-    assert ended.returncode == 0, ended.stderr
+    for name, stages in {"factors": RECIPE, "first": first}.items():
+        (path / f"{name}.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
     return path
 
 
-def run(place, out, written="factors.yaml", fault=""):
-    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", written, "--out", out]
+@pytest.fixture(scope="module")
+def place(written):
+    """The same, run to its end."""
+    ended = run(written, "whole")
+    assert ended.returncode == 0, ended.stderr
+    return written
+
+
+def run(place, out, file="factors.yaml", fault=""):
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", file, "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -476,8 +482,8 @@ def test_a_killed_run_of_factors_ends_as_the_one_left_in_peace(place):
         ("near.train.student.lowrank.density=0.1", "perturbation needs a student made from a model, with lowrank of d"),
     ],
 )
-def test_a_recipe_of_factors_that_cannot_be_is_refused_before_anything_runs(place, monkeypatch, change, why):
-    monkeypatch.chdir(place)
+def test_a_recipe_of_factors_that_cannot_be_is_refused_before_anything_runs(written, monkeypatch, change, why):
+    monkeypatch.chdir(written)
     with pytest.raises(UsageError, match=why):
         read = recipe.load("factors.yaml", [f"stages.{change}"])
-        preflight.check(read, Context(read, place / "never", 0), 1)
+        preflight.check(read, Context(read, written / "never", 0), 1)

@@ -71,7 +71,7 @@ class Language:
         return cost_of(self.spec, student, teachers, self.corpus.length, optim.batch // rows, self._halved())
 
     def _halved(self) -> int:
-        skips = any(hook.execute == "2:4" for hook in self.spec.hook_values() if isinstance(hook, Mask))
+        skips = any(isinstance(hook, Mask) and hook.skips for hook in self.spec.hook_values())
         return stored.masked(self.start) if skips else 0
 
     def _facts(self, teacher: str, target: str) -> models.Facts:

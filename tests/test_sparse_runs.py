@@ -166,7 +166,7 @@ def said(place: Path, monkeypatch, train: dict, ops: list | None = None, engine:
     return str(caught.value)
 
 
-KEPT = {"hooks": [{"mask": {}}]}
+KEPT, SKIPS = ({"hooks": [{"mask": keys}]} for keys in ({}, {"execute": "2:4"}))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,8 @@ KEPT = {"hooks": [{"mask": {}}]}
         ({"train": {"student": {"from": "m"}, "hooks": [{"sparsify": {"how": "set"}}]}}, "this one is dense"),
         ({"train": {"student": {"from": "m"}, "hooks": [{"sparsify": {"sparsity": 0.5}}]}}, "6 steps leave no time to"),
         ({"train": {"hooks": [{"mask": {}}, {"submodel": {"depths": [2, 4], "train_top": 1}}]}}, "as if they ran"),
+        ({"train": SKIPS, "ops": ["densify", {"sparsify": {}}]}, "execute: masks are without a pattern, and kernels"),
+        ({"train": SKIPS, "engine": {"precision": "fp32"}}, "execute: kernels for 2:4 are those of 16 bits; engine.pr"),
         ({"train": KEPT, "engine": {"deepspeed": {"optimizer": {"type": "Muon"}}}}, "cannot be kept with Muon: its up"),
     ],
 )

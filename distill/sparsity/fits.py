@@ -97,7 +97,7 @@ def _of_mask(mask: Mask, start: Patterns, planned: Any) -> Iterator[str]:
         yield f"hooks.mask.from: {mask.from_} has no masks; `sparsify` in a grow stage draws them"
     if not mask.from_ and not kept:
         yield "hooks.mask: the student has no masks; a grow stage with `sparsify` draws some, `from` names others"
-    if mask.execute != "dense":
+    if mask.skips:
         yield from (f"hooks.mask.execute: {what}" for what in _of_execution(kept, planned.recipe.engine.precision))
 
 

@@ -42,8 +42,8 @@ class Sparse:
         self.masking = Masking(lesson, masks, self._rule(hook, seed), **how)
         self.parameters = sum(p.numel() for p in self.student.parameters())  # before ZeRO 3 takes them apart
         self.used = _used(self.student, lesson, self.names)
-        self.executed = isinstance(hook, Mask) and hook.execute != "dense" and hook.execute  # False: all is dense
-        if self.executed:
+        self.skips = isinstance(hook, Mask) and hook.skips
+        if self.skips:
             semi_structured.refuse_misfits(lesson, self.names)
             semi_structured.place(lesson, self.names, product)
 
@@ -114,7 +114,7 @@ class Sparse:
                 "density_all": 1 - (self.masking.masked - alive) / self.parameters,
                 "density_mean": average((1, entry["density"]) for entry in entries),
                 "flops_modelled": sum(entry["step_flops_modelled"] for entry in entries),
-                "executed_sparse": self.executed,
+                "executed_sparse": self.skips and semi_structured.PATTERN,
             }
         }
 

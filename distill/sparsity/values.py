@@ -31,6 +31,11 @@ class Mask(_Keeps):
         "dense", description="2:4: forward products skip the zeros of masks with this pattern, on a GPU in 16 bits"
     )
 
+    @property
+    def skips(self) -> bool:
+        """Whether forward products leave out what is dead."""
+        return self.execute != "dense"
+
 
 class Sparsify(_Keeps):
     """Masks that change: ever fewer weights, the largest of all, or as many in other places.

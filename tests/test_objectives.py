@@ -308,21 +308,23 @@ def test_attention_is_that_of_scaled_dot_product_attention(causal, windows):
 
 @pytest.mark.parametrize("reduction", ["sample", "token"])
 def test_terms_over_counts_do_not_depend_on_how_the_batch_is_cut(reduction):
-    objective = RelationKL(target="t", relations=["qq", "kv"], heads={"qq": 6, "kv": 2}, reduction=reduction)
+    relations, heads = ["qq", "kv", "attention"], {"qq": 6, "kv": 2}
+    objective = RelationKL(target="t", relations=relations, heads=heads, reduction=reduction)
     teacher, student = qkv(PACKED.shape, 24, 6, 2, seed=1), qkv(PACKED.shape, 18, 6, 2, seed=5)
 
     def run(rows):
         batch = {"segment_ids": PACKED[rows]}
-        sides = [traced({tap: x[rows] for tap, x in side.items()}) for side in (student, teacher)]
+        layer = {"scaling": {-1: 0.4}, "window": {-1: 3}}
+        sides = [traced({tap: x[rows] for tap, x in side.items()}, **layer) for side in (student, teacher)]
         return objective.terms(*sides, batch), objective.count(batch)
 
     whole, count = run(slice(0, 3))
     cut, counts = zip(*(run(rows) for rows in (slice(0, 1), slice(1, 3))), strict=True)
-    for term in ("qq", "kv"):
+    for term in relations:
         assert count[term] == sum(c[term] for c in counts) == (7 if reduction == "sample" else 28)
         assert count[term].dtype == torch.float64
         assert_same(sum(t[term] for t in cut) / count[term], whole[term] / count[term])
-        plain = {"qq": ("query", "query"), "kv": ("key", "value")}[term]
+    for term, plain in (("qq", ("query", "query")), ("kv", ("key", "value"))):
         pair = [tuple(side[role, -1].transpose(1, 2).flatten(2) for role in plain) for side in (teacher, student)]
         assert_same(whole[term] / count[term], brute(*pair, PACKED, objective.heads_of(term), reduction=reduction))
 

@@ -20,7 +20,7 @@ def resolve(spec, name: str) -> Path:
     """The directory of a model: the first of its sources that is here, else the first that can be downloaded."""
     path = _found(spec, name, [WEIGHTS, *ABOUT_IT])
     if not has_weights(path):
-        raise UserError(f"model {name}: {path} has no {WEIGHTS}; weights of another form are not read")
+        raise UserError(f"model {name}: {path} has no {WEIGHTS}; convert it to safetensors, other weights are not read")
     if spec.sha256 and (actual := weights_sha256(path)) != spec.sha256:
         raise UserError(f"model {name}: the weights in {path} have sha256 {actual}, the recipe asks for {spec.sha256}")
     return path

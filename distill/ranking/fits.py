@@ -30,7 +30,7 @@ def of_training(stage: Stage, planned, rows: int | None) -> Iterator[str]:
 
 def _of_student(train: TrainSpec) -> Iterator[str]:
     if train.student.lowrank:
-        yield "student.lowrank: the matrices of language models, not yet those of rankers; leave it out"
+        yield "student.lowrank: of language models; train the encoder as one with it, then make that a ranker"
 
 
 def _of_data(train: TrainSpec, recipe) -> Iterator[str]:

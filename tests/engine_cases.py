@@ -208,6 +208,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def main() -> None:
     import hook_cases
+    import placement_cases
 
     torch.set_num_threads(1)
     run = Run()
@@ -229,6 +230,7 @@ def main() -> None:
                 "resumes": {precision: resumes(precision) for precision in ("fp32", "bf16")},
                 "refuses": refuses_what_is_not_finite(),
                 "hooks": hook_cases.cases(STAGE),
+                "placements": placement_cases.cases(STAGE),
             }
         )
     )

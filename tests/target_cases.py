@@ -54,6 +54,15 @@ CASES = {
             {"t": {"ensemble": ["wide", "small"], "combine": "mean_logprob"}},
         )
     ],
+    "placed": [
+        stage(f"{name}_{place}", 2, [*losses], {"t": {**target, "placement": place}})
+        for name, target, losses in (
+            ("taps", {"from": "wide"}, [{"relation_kl": {"target": "t", "heads": 6, "teacher_layer": -3}}]),
+            ("both", {"from": "wide"}, [{"relation_kl": {"target": "t", "heads": 6}}, {"divergence": DIVERGENCE}]),
+            ("several", {"ensemble": ["wide", "small"]}, [{"divergence": DIVERGENCE}]),
+        )
+        for place in ("replicated", "zero3")
+    ],
     "aligned": ALIGNED,
     "aligned_whole": ALIGNED,
 }

@@ -53,6 +53,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(stage, ranks):
 
 
 @every_cell
+def test_a_teacher_in_shares_teaches_what_the_whole_one_teaches(stage, ranks):
+    """Loss and gradient, from taps and from its head."""
+    assert max(max(gaps) for gaps in results(stage, ranks)["placements"].values()) <= 1e-6
+
+
+@every_cell
 def test_the_gradient_is_that_of_plain_torch(stage, ranks):
     ours, theirs = torch.tensor(results(stage, ranks)["gradient"]), plain()[0]
     assert (ours - theirs).norm() / theirs.norm() <= 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,17 +28,22 @@ from test_divergence import (
     made,
 )
 
-from distill import preflight, recipe
+import growth
+from distill import loading, preflight, recipe
 from distill.context import Context
 from distill.corpus import tokens, vocabulary
 from distill.heads import Logits, Mixture
 from distill.lesson import Data, Lesson
-from distill.models import freeze
+from distill.models import facts, freeze
 from distill.objectives import Aligned, CrossEntropy, Divergence, divergence, token_sum
+from distill.objectives.protocol import Needs
 from distill.schedules import Progress, fixed
+from distill.taps import OUTPUT, Tap, trace
 from distill.teachers.alignment import Alignment
+from distill.teachers.depth import shortened
 from distill.teachers.frozen import alignment, insist_on_pieces
 from distill.teachers.targets import Ensemble, Online, Targets
+from growth import files
 from growth.errors import UserError
 
 # An ensemble as one distribution
@@ -258,6 +264,32 @@ def test_a_teacher_of_other_ids_reads_the_same_text_however_the_batch_is_cut(kin
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+# How deep a teacher is loaded
+
+
+@pytest.mark.parametrize("family", tiny.EVERY)
+def test_a_teacher_is_read_no_deeper_than_its_taps_and_says_the_same(family, tmp_path):
+    """What lies behind is not even looked at. ALBERT's layers are one."""
+    taps = [Tap("query", -3), Tap("value", 1), Tap("hidden", -4)]
+    path, needs = tiny.save(tiny.model(family, tiny.head(family)), tmp_path / family), [Needs(target=frozenset(taps))]
+    config, whole = files.read_json(path / "config.json"), loading.load(path)
+    first = shortened(config, needs)
+    assert (first is None) == (family == "albert")
+    if first:
+        stored = {name: growth.open(path).tensor(name) for name in growth.open(path)}
+        for name in stored:
+            if re.search(r"\.[23]\.", name) and not re.search("experts|sparse_moe", name):
+                stored[name].fill_(torch.nan)
+        growth.write(tmp_path / "spoilt", config, stored.items())
+        short, batch = loading.load(tmp_path / "spoilt", first=first), tiny.batch([[9], [4]], 9)
+        found, expected = (trace(model, batch, taps, layers=tiny.LAYERS).taps for model in (short, whole))
+        assert all(torch.equal(found[t], expected[t]) for t in taps)
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (short, whole)]
+        assert sizes[0] < 0.62 * sizes[1] and facts(first).blocks == facts(config).blocks[:2]
+    deeper = [Needs(target=frozenset({tap})) for tap in (OUTPUT, Tap("key", -1))]
+    assert not any(shortened(config, [*needs, one]) for one in (*deeper, Needs(head="causal", target_head=True)))
+
+
 # What is refused before data is read
 
 RECIPE = {
@@ -405,7 +437,8 @@ def test_a_teacher_that_cannot_read_the_text_in_its_own_ids_is_refused(check):
 
 @functools.cache
 def results(zero: int) -> dict:
-    cases = ("together", "apart", "phase", "aligned", "aligned_whole") if zero == 0 else ("together", "apart")
+    more = ("phase", "aligned", "aligned_whole") if zero == 0 else ()
+    cases = ("together", "apart", "placed", *more)
     return launch("target_cases.py", zero, *cases)[0]
 
 
@@ -423,6 +456,17 @@ def test_cross_entropy_in_the_pass_of_a_divergence_is_the_loss_beside_it(zero):
     for joint, apart in zip(one["log"], two["log"], strict=True):
         total = sum(apart["weights"][key.split(".")[0]] * value for key, value in apart["terms"].items())
         assert joint["terms"]["divergence.jsd and ce"] == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_where_the_weights_of_teachers_lie_changes_no_loss_of_a_recipe(zero):
+    seen = results(zero)["placed"]
+    for name in ("taps", "both", "several"):
+        whole, shared = (seen[f"{name}_{place}"] for place in ("replicated", "zero3"))
+        assert relative(shared["gradient"], whole["gradient"]) <= 1e-6
+        assert [entry["terms"] for entry in shared["log"]] == [entry["terms"] for entry in whole["log"]]
+    taps, both = (seen[f"{name}_zero3"]["metrics"]["teacher_flops"] for name in ("taps", "both"))
+    assert taps < 0.6 * both  # two layers of four, and no head
 
 
 def test_teachers_of_a_phase_do_not_run_after_it():

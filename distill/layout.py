@@ -2,7 +2,8 @@
 
 A row holds one document, padded (a plain mask does), or several, packed: then every token sees its own document only
 and positions start again with each, so that outputs are those of the documents alone. Which families can do that, and
-how, is the table; tests/test_layout.py proves each row of it.
+how, is the table; tests/test_layout.py and tests/test_more_families.py prove each row of it. Rows of a family that is
+not in it are padded.
 """
 
 from __future__ import annotations
@@ -24,31 +25,31 @@ class Layout(NamedTuple):
     positions: bool = True  # it takes position_ids
     skip: bool = False  # its positions start behind the padding index (RoBERTa)
     cache: bool = False  # it would fill a key-value cache unless told not to
+    ends: bool = False  # its positions are a table, of a family that growth does not know
 
 
 DECODER = Layout("positions", cache=True)  # transformers makes the mask itself where positions start again
+ENCODER = Layout("mask")
+AFTER_PADDING = Layout("mask", skip=True, ends=True)
 LAYOUTS = {
-    "bert": Layout("mask"),
+    **dict.fromkeys(("bert", "distilbert", "electra", "eurobert", "nomic_bert"), ENCODER),
+    **dict.fromkeys(("albert", "ernie", "megatron-bert", "rembert"), ENCODER._replace(ends=True)),
     "roberta": Layout("mask", skip=True),
-    "albert": Layout("mask"),
-    "electra": Layout("mask"),
-    "distilbert": Layout(None, positions=False),  # always counts positions from the start of the row
+    **dict.fromkeys(("camembert", "data2vec-text", "mpnet", "roberta-prelayernorm"), AFTER_PADDING),
+    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl"), AFTER_PADDING),
     "modernbert": Layout("masks"),
     "t5": Layout("mask", positions=False),  # relative positions: the same inside a document wherever it stands
-    "gpt2": DECODER,
-    "gpt_neox": DECODER,
-    "llama": DECODER,
-    "qwen2": DECODER,
-    "qwen3": DECODER,
-    "mistral": DECODER,
-    "gemma2": DECODER,
-    "gemma3_text": DECODER,
-    "olmo2": DECODER,
-    "phi3": DECODER,
-    "mixtral": DECODER,
-    "qwen2_moe": DECODER,
+    **dict.fromkeys(("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"), DECODER),
+    **dict.fromkeys(("olmo2", "phi3", "mixtral", "qwen2_moe"), DECODER),
+    **dict.fromkeys(("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "glm", "glm4", "granite"), DECODER),
+    **dict.fromkeys(("helium", "hunyuan_v1_dense", "ministral", "modernbert-decoder", "nemotron", "olmo"), DECODER),
+    **dict.fromkeys(("olmo3", "phi", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"), DECODER),
+    "gpt_bigcode": DECODER._replace(ends=True),
 }
-MAY_DECODE = ("bert", "roberta", "electra")
+MAY_DECODE = (
+    *("bert", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+)
 UNKNOWN = Layout(None, positions=False)
 
 
@@ -59,11 +60,12 @@ def packable(config) -> bool:
 
 def longest(config) -> int | None:
     """Tokens that a row may have; None where positions are computed, so that no table ends."""
-    family = FAMILIES.get(config.model_type)
-    if config.model_type == "albert":  # which growth has no table for
-        return config.max_position_embeddings
-    places = family.sizes_of(config.to_dict()).get("pos") if family else None
-    return places - (config.pad_token_id + 1) if places and _layout(config).skip else places
+    family, layout = FAMILIES.get(config.model_type), _layout(config)
+    if layout.ends:
+        places = config.max_position_embeddings
+    else:
+        places = family.sizes_of(config.to_dict()).get("pos") if family else None
+    return places - (config.pad_token_id + 1) if places and layout.skip else places
 
 
 def inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

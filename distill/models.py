@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,9 @@ class Facts:
         return self.widths.get("query", self.widths["hidden"])
 
 
+MASKS = (None, (1, 1, 2, 2), (1, 2))  # every family takes one of these without reading a value of it
+
+
 def facts(source) -> Facts:
     """Facts of a checkpoint directory, of the content of a config.json or of a configuration.
 
@@ -74,11 +78,7 @@ def facts(source) -> Facts:
     base.config._experts_implementation = "batched_mm"  # the one that asks for no values
     whole = loading.architecture(config)
     body, head = _multiplied(config, base)
-    roles, mask = (taps.IN_ATTENTION, (1, 1, 2, 2)) if taps.interfaced(base) else ((), (1, 2))
-    with torch.no_grad(), taps.tap(base, [(role, -1) for role in (*roles, "hidden")]) as seen:
-        ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-        base(ids, attention_mask=torch.zeros(mask, device="meta"))  # the interface takes a 4-D mask and reads no value
-    shapes = {role: tuple(value.shape) for (role, _), value in seen.items()}
+    shapes = _shapes(base)
     return Facts(
         family=config.model_type,
         layers=config.num_hidden_layers,
@@ -95,6 +95,19 @@ def facts(source) -> Facts:
         kind=loading.own_head(config),
         kinds=tuple(loading.heads(type(config))),
     )
+
+
+def _shapes(base: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of what can be tapped, by role."""
+    roles = (*taps.IN_ATTENTION, "hidden") if taps.interfaced(base) else ("hidden",)
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    for shape in MASKS:
+        mask = shape and torch.zeros(shape, device="meta")
+        reads = suppress(RuntimeError, ValueError, IndexError)
+        with reads, torch.no_grad(), taps.tap(base, [(role, -1) for role in roles]) as seen:
+            base(ids, attention_mask=mask)
+            return {role: tuple(value.shape) for (role, _), value in seen.items()}
+    raise UserError(f"{type(base).__name__} reads values of its mask, so it cannot be measured without its weights")
 
 
 def _multiplied(config, base: nn.Module) -> tuple[int, int]:

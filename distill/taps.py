@@ -30,6 +30,8 @@ EMBEDDINGS = Tap("input", 0)  # what the first block is given
 OUTPUT = Tap("output", -1)  # what the base model hands on: the last hidden states, after a norm behind the blocks
 DEVIATIONS = Tap("deviations", -1)  # of all factors from the matrices that they came from [n]
 
+BLOCKS = {"mpnet": "encoder.layer"}  # where they are in families whose blocks transformers does not mark as such
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -62,7 +64,7 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]], layers: int | None = 
         for (block, _), listener in listeners.items():
             _attach(block, listener, undo)
         undo.callback(base.register_forward_pre_hook(lambda *_: _begin(seen, listeners.values())).remove)
-        undo.callback(base.register_forward_hook(lambda *_: _finish(model, listeners.values())).remove)
+        undo.callback(base.register_forward_hook(lambda *run: _finish(model, seen, listeners.values(), run)).remove)
         if DEVIATIONS in asked:
             undo.callback(base.register_forward_hook(lambda *_: seen.update({DEVIATIONS: deviations(base)})).remove)
         if OUTPUT in asked:
@@ -132,12 +134,19 @@ def _begin(seen: Seen, listeners: Iterable[Listener]) -> None:
         listener.begin()
 
 
-def _finish(model: nn.Module, listeners: Iterable[Listener]) -> None:
+def _finish(model: nn.Module, seen: Seen, listeners: Iterable[Listener], run: tuple) -> None:
     """After this, whatever runs again is a recomputation."""
     for listener in listeners:
         listener.armed = False
         if missing := listener.missing():
             raise _outside(model, missing[0])
+    places = run[-1][0].shape[-2]
+    for (role, layer), value in seen.items():
+        if role not in ("key", "value") and value.shape[-2] != places:  # those may be of a cache as well
+            raise UserError(
+                f"{type(model).__name__} cannot be tapped for {role}: layer {layer} has {value.shape[-2]} places where "
+                f"the model's output has {places}"
+            )
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -165,7 +174,8 @@ def layers(base: nn.Module) -> list[tuple[nn.Module, int | None]]:
     """The block of each layer; of blocks that several layers share, with the number of its run."""
     if base.config.model_type == "albert":
         return _shared(base)
-    found = [b for child in base.children() for b in _outermost(child)]
+    named = BLOCKS.get(base.config.model_type)
+    found = list(base.get_submodule(named)) if named else [b for child in base.children() for b in _outermost(child)]
     if len(found) != base.config.num_hidden_layers:
         raise UserError(
             f"{type(base).__name__} cannot be tapped: {len(found)} blocks were found for its "

@@ -360,7 +360,7 @@ def place(tmp_path_factory):
     padded = {"vocab_size": PADDED}
     tiny.save(tiny.model("qwen2", "causal", **padded), path / "teacher", tiny.tokenizer())
     tiny.save(tiny.model("qwen2", "causal", seed=1, **padded), path / "other", tiny.tokenizer())
-    tiny.save(language_model("granite", logits_scaling=3.0, **padded), path / "unpacked", tiny.tokenizer())
+    tiny.save(language_model("opt", ffn_dim=40, **padded), path / "unpacked", tiny.tokenizer())
     tiny.save(tiny.model("bert", "mlm", **padded), path / "masked")
     words = vocabulary.train("unigram", 90, [document.text for document in islice(synthetic.documents(), 40)])
     tiny.save(tiny.model("llama", "causal", seed=2, vocab_size=95), path / "speaker", words)

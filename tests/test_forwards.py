@@ -51,7 +51,7 @@ def tapped(model, batch):
 @pytest.mark.parametrize("family", tiny.EVERY)
 def test_no_bit_of_a_gradient_changes_with_taps_and_packed_rows(family, dropout):
     model = tiny.model(family).train(dropout)
-    batch = tiny.batch([[7], [11]] if family == "distilbert" else [[5, 1, 4], [9]], 11)
+    batch = tiny.batch([[5, 1, 4], [9]], 11)
     kept = gradients(model, lambda: tapped(model, batch))
     with recomputed(blocks(model)):
         again = gradients(model, lambda: tapped(model, batch))

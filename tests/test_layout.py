@@ -31,7 +31,7 @@ def outputs(model, batch):
     return model(**layout.inputs(model, batch))[0][batch["segment_ids"] > 0]
 
 
-@pytest.mark.parametrize(("family", "attention"), [c for c in CASES if c[0] != "distilbert"])
+@pytest.mark.parametrize(("family", "attention"), CASES)
 def test_packed_documents_do_not_see_each_other(family, attention):
     model, packed = tiny.model(family, attention=attention), tiny.batch(DOCUMENTS, LENGTH)
     assert layout.packable(model.config)
@@ -52,7 +52,7 @@ def learned(model, head, batch):
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.EVERY if family != "distilbert"])
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_packed_rows_have_the_loss_and_the_gradients_of_their_documents(family):
     """Also through routers (whose own loss, over all tokens of a batch, is off) and through windows."""
     head, packed = tiny.head(family), tiny.batch(DOCUMENTS, LENGTH)
@@ -84,7 +84,7 @@ def test_padding_on_the_right_is_what_transformers_does_by_itself(family, attent
     assert_close(ours, theirs, atol=1e-5, rtol=1e-5) if routed else assert_close(ours, theirs, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "attention"), [c for c in CASES if c[0] != "distilbert"])
+@pytest.mark.parametrize(("family", "attention"), CASES)
 def test_padding_on_the_left_changes_nothing(family, attention):
     model = tiny.model(family, attention=attention)
     left, right = (tiny.batch([[13], [4], [1]], 13, side=side) for side in ("left", "right"))
@@ -95,8 +95,6 @@ def test_padding_on_the_left_changes_nothing(family, attention):
 @pytest.mark.parametrize("family", tiny.EVERY)
 def test_padding_poisons_no_gradient(family, packed):
     model, batch = tiny.model(family), tiny.batch(packed, 12)
-    if family == "distilbert":
-        batch = documents(batch)
     outputs(model, batch).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -104,13 +102,6 @@ def test_padding_poisons_no_gradient(family, packed):
 def test_positions_start_again_with_each_document():
     segments = torch.tensor([[1, 1, 2, 3, 3, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 2]])
     assert layout.positions(segments).tolist() == [[0, 1, 0, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3, 4, 0]]
-
-
-def test_a_family_without_position_ids_refuses_packed_rows():
-    model = tiny.model("distilbert")
-    assert not layout.packable(model.config)
-    with pytest.raises(UserError, match="distilbert cannot keep packed documents apart"):
-        layout.inputs(model, tiny.batch(DOCUMENTS, LENGTH))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

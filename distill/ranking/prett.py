@@ -70,8 +70,7 @@ class PreTT(Ranker):
             return self.linear(self.encoder(**given).last_hidden_state[:, 0])[:, 0]
 
     def _inputs(self, texts: Texts) -> dict[str, Tensor]:
-        given = inputs(self.encoder, texts.ids, texts.real.long())
-        return {"position_ids": layout.positions(texts.real.long()), **given}
+        return inputs(self.encoder, texts.ids, texts.real.long())
 
     def _blocks(self) -> list[nn.Module]:
         return taps.blocks(self.encoder)

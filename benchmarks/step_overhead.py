@@ -123,7 +123,7 @@ def report(stage: Timed) -> None:
         raise SystemExit(f"not the same loop: weights are {stage.apart:.1e} apart and have moved by {stage.moved:.1e}")
     tokens = stage.spec.optim.batch * stage.subject.corpus.length
     print(f"{tokens} tokens a step, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
-          f"weights {stage.apart:.1e} apart and {stage.moved:.1e} from the start after {stage.pairs + 2} steps")  # fmt: skip
+          f"weights {stage.apart:.1e} apart, moved by {stage.moved:.1e}")  # fmt: skip
     for what, at in (("CPU", 0), ("wall", 1)):
         ours, bare = ([spent[at] for spent in stage.seconds[name][2:]] for name in ("ours", "bare"))
         low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, bare, strict=True)], n=4)

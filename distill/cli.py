@@ -31,7 +31,13 @@ def main() -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run directory, such as --out runs/try-1.  [default: runs/RECIPE]"
 )
-@click.option("--dry-run", is_flag=True, help="Check everything and forecast cost; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything and forecast cost; write nothing. A config.json is enough."
+)
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), metavar="FLOPS",
+    help="For --dry-run: FLOPs a second of one GPU's matrix product, such as --rate 4e14.  [default: measured here]",
+)  # fmt: skip
 @click.option(
     "--from", "start_from", metavar="STAGE", help="Do this stage and what follows it again, such as --from student."
 )
@@ -49,6 +55,7 @@ def run(
     overrides: tuple[str, ...],
     out: Path | None,
     dry_run: bool,
+    rate: float | None,
     start_from: str | None,
     fresh: bool,
     accept_changes: bool,
@@ -60,16 +67,19 @@ def run(
     distill run minilm
     distill run recipes/minilm.yaml student.train.stop.steps=10 seed=1
     distill run minilm engine.zero=2 --ranks 2 --out runs/two-ranks
+    distill run minilm --dry-run --ranks 8 --rate 4e14
     """
     from distill import launch
     from distill.recipe import load
 
     read = load(recipe, overrides)
     out = out or Path("runs") / read.recipe
+    if rate and not dry_run:
+        raise click.UsageError("--rate is for --dry-run; a run takes the time it takes")
     if dry_run:
         from distill.forecast import show
 
-        show(read, out, ranks)
+        show(read, out, ranks, rate)
     elif ranks > 1 and not launch.is_rank():
         sys.exit(launch.launch(ranks, sys.argv[1:]))
     else:

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from distill import stages
-from distill.context import Context
+from distill import sources, stages
+from distill.context import Context, Work
 from distill.cost import Cost, as_much_as, forward, steps_for, work
 from distill.evaluate.machine import matmul_speed
 from distill.kinds import Stage, TargetSpec
@@ -62,14 +62,17 @@ class Forecast:
     disk: float
 
 
-def show(recipe: Recipe, out: Path, ranks: int) -> None:
-    """Check the recipe as `run` would, then print what it would cost."""
+def show(recipe: Recipe, out: Path, ranks: int, rate: float | None = None) -> None:
+    """Check the recipe as `run` would, then print what it would cost.
+
+    `rate`: FLOPs a second of a matrix product on one GPU; measured on this machine if it is not given.
+    """
     stages.refuse_out(recipe, out)
-    context = Context(recipe, out, recipe.seed)
+    context = Context(recipe, out, recipe.seed, Work(resolve=sources.described))
     check(recipe, context, ranks)
     planned = Planned(recipe, context)
     rows = [forecast(stage, planned, ranks) for stage in recipe.stages if stage.train]
-    speed, machine = matmul_speed(recipe.engine.precision)
+    speed, machine = (rate, "GPU") if rate else matmul_speed(recipe.engine.precision)
     workers = ranks if machine == "GPU" else 1
     if grown := [stage for stage in recipe.stages if stage.grow]:
         table(*_grown(grown, planned))
@@ -80,7 +83,8 @@ def show(recipe: Recipe, out: Path, ranks: int) -> None:
         table(*_memory(rows))
     for line in NOTES:
         click.echo(line)
-    click.echo(_time_note(speed, machine, recipe))
+    ran = f"is given as {speed:.2g} FLOPs" if rate else f"just ran at {speed:.2g} FLOPs"
+    click.echo(_time_note(f"{ran} a second on {'one' if rate else 'this'} {machine}", workers, recipe))
     if not all(row.exact for row in rows):
         click.echo(
             f"~ the size of the text is estimated: {BYTES_A_TOKEN} bytes a token; exact once the corpus is prepared."
@@ -275,8 +279,9 @@ def _memory(rows: list[Forecast]) -> tuple[list[str], list[list[str]], str]:
     return ["stage", *parts, "together"], lines, "memory of one rank"
 
 
-def _time_note(speed: float, machine: str, recipe: Recipe) -> str:
+def _time_note(ran: str, workers: int, recipe: Recipe) -> str:
+    together = f", on {workers} of them in as many parts" if workers > 1 else ""
     return (
-        f"Time: a {recipe.engine.precision} matrix product just ran at {speed:.2g} FLOPs a second on this {machine}; "
-        f"training is taken to reach {UTILISATION:.0%} of that. Evaluation and preparing text are not in it."
+        f"Time: a {recipe.engine.precision} matrix product {ran}; training is taken to reach {UTILISATION:.0%} of "
+        f"that{together}. Evaluation and preparing text are not in it."
     )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -95,12 +96,8 @@ def test_every_command_explains_itself_with_an_example(name):
 
 def test_the_public_options_are_these():
     options = {name: sorted(o for p in command.params for o in p.opts) for name, command in main.commands.items()}
-    assert options == {
-        "run": ["--accept-changes", "--dry-run", "--fresh", "--from", "--out", "--ranks", "overrides", "recipe"],
-        "list": [],
-        "schema": [],
-        "report": ["directory"],
-    }
+    run = ["--accept-changes", "--dry-run", "--fresh", "--from", "--out", "--ranks", "--rate", "overrides", "recipe"]
+    assert options == {"run": run, "list": [], "schema": [], "report": ["directory"]}
 
 
 def test_list_names_recipes_objectives_metrics_and_sources():
@@ -125,6 +122,7 @@ def test_schema_is_json():
         (["run", "minilm", "--out", "full/thesis.tex"], 2, "is a file; give a directory"),
         (["run", "minilm", "--out", "full/thesis.tex/x"], 1, "Not a directory"),
         (["run", "minilm", "--ranks", "0"], 2, "--ranks"),
+        (["run", "minilm", "--rate", "4e14"], 2, "--rate is for --dry-run"),
         (["run", "minilm", "models.teacher.from=./none", "--out", "o"], 1, "model teacher: none of ./none is at hand"),
         (["report", "full"], 1, "is not a run directory"),
         (["runn"], 2, "No such command 'runn'"),
@@ -189,6 +187,44 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tiny):
     costs = [line.split() for line in done.stdout.splitlines() if line.startswith("student  bert")]
     assert [cost[1:4] for cost in costs] == [["bert", "1", "x"]]
     assert "forecast" in done.stdout and "6 N T + 12 A T T" in done.stdout and "2 N T + 4 A T T" in done.stdout
+
+
+def test_a_dry_run_needs_no_more_than_a_config_and_a_run_says_what_is_missing(tiny):
+    whole = distill("run", "tiny.yaml", "--dry-run", "--rate", "2e14", cwd=tiny).stdout
+    for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tiny / "teacher" / file).unlink()
+    assert [path.name for path in (tiny / "teacher").iterdir()] == ["config.json"]
+    assert distill("run", "tiny.yaml", "--dry-run", "--rate", "2e14", cwd=tiny).stdout == whole
+    done = distill("run", "tiny.yaml", "--out", "out", cwd=tiny)
+    assert done.returncode == 1 and "model teacher: teacher has no *.safetensors" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"), [("minilm", "22.7"), ("minilm_v1", "22.7"), ("minilmv2_roberta_large", "40.9")]
+)
+def test_published_minilm_is_forecast_for_eight_gpus_from_configs_alone(name, trainable, tmp_path, monkeypatch, capsys):
+    from transformers import BertConfig, RobertaConfig
+
+    from distill import forecast
+    from distill.recipe import load
+
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    teacher = RobertaConfig(vocab_size=50265, max_position_embeddings=514, **large) if "large" in name else BertConfig()
+    teacher.save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    published = load(Path(__file__).parent.parent / f"recipes/paper/{name}.yaml", ["models.teacher={from: ./teacher}"])
+    monkeypatch.chdir(tmp_path)
+    forecast.show(published, tmp_path / "out", ranks=8, rate=4e14)
+    (student,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("student ")][:1]
+    assert student[5:8] == [trainable, "M", "400000"]
+
+
+def test_the_time_of_a_forecast_follows_the_rate_and_the_ranks(tiny):
+    def times(*options):
+        lines = distill("run", "tiny.yaml", "--dry-run", *options, "student.train.stop.steps=8000", cwd=tiny).stdout
+        return next(line for line in lines.splitlines() if line.startswith("student ")).split()[-2:]
+
+    assert times("--rate", "1e9") == times("--rate", "5e8", "--ranks", "2") != times("--rate", "5e8")
 
 
 def test_flops_are_six_n_d_and_two_n_d_and_sharding_divides_what_its_stage_says(tiny, monkeypatch):

@@ -68,7 +68,8 @@ def test_every_packaged_recipe_is_valid_and_survives_being_written(name, load):
 
 @pytest.mark.parametrize("path", sorted((Path(recipes.__file__).parent.parent / "recipes" / "paper").glob("*.yaml")))
 def test_every_paper_twin_is_valid_and_has_a_runnable_twin(path):
-    assert recipes.load(path).recipe == f"{path.stem}_paper" and path.stem in recipes.packaged()
+    runnable = {"minilmv2_roberta_large": "minilm"}.get(path.stem, path.stem)
+    assert recipes.load(path).recipe == f"{path.stem}_paper" and runnable in recipes.packaged()
 
 
 def test_a_resolved_recipe_has_every_default_and_no_number_that_yaml_misreads(load):

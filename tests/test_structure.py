@@ -70,18 +70,12 @@ def test_what_a_command_needs_before_it_works_brings_no_torch(module):
 
 
 def test_the_public_surface_grows_by_decision():
-    from distill.cli import main as distill_main
-    from growth.cli import main as growth_main
+    from growth.cli import main
 
     assert set(distill.NAMES) == {"tap", "trace", "Tap"}
     assert set(growth.__all__) >= {"open", "write", "cut", "stack", "insert", "widen", "verify", "inspect", "plan"}
     options = {
-        f"{program} {name}": {o for p in command.params if isinstance(p, click.Option) for o in p.opts if len(o) > 2}
-        for program, group in (("distill", distill_main), ("growth", growth_main))
-        for name, command in group.commands.items()
+        name: {o for p in command.params if isinstance(p, click.Option) for o in p.opts if len(o) > 2}
+        for name, command in main.commands.items()
     }
-    assert options["distill run"] == {"--out", "--dry-run", "--from", "--fresh", "--accept-changes", "--ranks"}
-    assert {"distill list", "distill schema", "distill report"} == {n for n in options if n.startswith("distill")} - {
-        "distill run"
-    }
-    assert options["growth cut"] >= {"--layers"} and options["growth stack"] >= {"--factor", "--order"}
+    assert options["cut"] >= {"--layers"} and options["stack"] >= {"--factor", "--order"}

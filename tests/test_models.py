@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distill import models, sources
+from distill.drawn import Drawn
 from distill.kinds import StudentSpec
 from distill.taps import Tap, trace
 from growth.errors import UserError
@@ -297,6 +298,20 @@ def test_random_weights_are_spread_as_transformers_spreads_them(family):
         assert a.std(correction=0).item() == pytest.approx(b.std(correction=0).item(), rel=0.25), name
     buffers = dict(theirs.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in ours.named_buffers())
+
+
+@pytest.mark.parametrize("family", tiny.EVERY)
+def test_random_weights_are_written_one_after_the_other_as_they_would_be_made_together(family, tmp_path, monkeypatch):
+    config, head, together = tiny.config(family), tiny.head(family), []
+    models.save(models.fresh(tiny.config(family), head, 3), tmp_path / "whole", carry=None)
+    make = Drawn._make
+    monkeypatch.setattr(Drawn, "_make", lambda self, some: together.append(some) or make(self, some))
+    monkeypatch.setattr(models, "fresh", None)
+    models.seed_checkpoint(student(new={"config": config.to_dict()}), {}.get, tmp_path / "start", head, 3)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "start" / file.name).read_bytes() == file.read_bytes()
+    most = max(sum(p.numel() for p in some) for some in together) / max(p.numel() for some in together for p in some)
+    assert most <= (4 if family == "t5" else 1.5)  # its attention draws four matrices in one go, experts two
 
 
 STARTS = {

@@ -29,7 +29,7 @@ from test_divergence import (
 )
 
 import growth
-from distill import loading, preflight, recipe
+from distill import forecast, loading, preflight, recipe
 from distill.context import Context
 from distill.corpus import tokens, vocabulary
 from distill.heads import Logits, Mixture
@@ -385,6 +385,22 @@ def test_an_ensemble_is_checked_member_by_member_and_cannot_be_tapped(check):
         said = check("student", targets=both, loss=[loss])
         assert "targets.t.ensemble: several teachers have only a distribution" in said
         assert f"together, and {next(iter(loss))} needs more" in said
+
+
+def test_of_a_teacher_in_shares_every_rank_holds_a_part_and_the_head_that_is_read(check):
+    loss = [{"relation_kl": {"target": "t", "heads": 6}}]
+    where = {place: {"t": {"from": "teacher", "placement": place}} for place in ("replicated", "zero3")}
+
+    def held(place, losses):
+        assert check("padded", targets=where[place], loss=losses) == ""
+        read = recipe.load("small.yaml")
+        planned = preflight.Planned(read, Context(read, Path("out"), 0))
+        return forecast.forecast(read.stages[0], planned, 4).memory["teachers"], planned.facts("teacher").head * 4
+
+    (whole, head), (shared, _) = held("replicated", loss), held("zero3", loss)
+    assert shared == whole / 4 and held("zero3", [{"divergence": {"target": "t"}}])[0] == (whole - head) / 4 + head
+    with pytest.raises(UserError, match="placement: of from and ensemble; other values have no weights of their own"):
+        check("padded", targets={"t": {"ema": 0.9, "placement": "zero3"}})
 
 
 def test_tokenisers_that_were_learned_on_the_way_are_compared_when_a_stage_begins(kept):

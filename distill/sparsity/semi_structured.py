@@ -1,8 +1,8 @@
 """Products with matrices of which two in every four weights along the sum are zero, by kernels that skip the zeros.
 
-GPUs of compute capability 8.0 and later do them at up to twice the speed of dense ones. Forward products alone are
-sparse: the gradient of the input sums over the other dimension, along which static masks have no pattern, and that of
-the weight has none at all; both are dense. The matrix is compressed in every forward pass, since every step moves it.
+GPUs of compute capability 8.0 and later have such kernels. Forward products alone are sparse: the gradient of the input
+sums over the other dimension, along which these masks have no pattern, and that of the weight multiplies two dense
+matrices. The weight is compressed in every forward pass, since every step moves it.
 
 Untested on a GPU so far: what runs there is torch's prototype (`torch.sparse.SparseSemiStructuredTensor`), which
 tests/test_semi_structured.py compares with the dense product where there is one.
@@ -62,8 +62,8 @@ class SemiStructured(nn.Module):
 def place(module: nn.Module, weights: Iterable[str], product: Product) -> None:
     """Let the layers of these weights multiply so, by `product`."""
     for weight in weights:
-        parent, _, own = weight.removesuffix(".weight").rpartition(".")
-        parent = module.get_submodule(parent)
+        name, _, own = weight.removesuffix(".weight").rpartition(".")
+        parent = module.get_submodule(name)
         setattr(parent, own, SemiStructured(getattr(parent, own), product))
 
 

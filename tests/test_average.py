@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from distill import projections
 from distill.kinds import TargetSpec
 from distill.lesson import Data, freeze_unreachable
 from distill.schedules import Progress, Schedule
@@ -104,7 +105,11 @@ RECIPE = {
                 "student": {"from": "model"},
                 "data": "text",
                 "targets": {"t": {"ema": {"unit": "fraction", "points": [[0, 0.5], [1, 0.9]]}}},
-                "loss": [{"ce": {}}, {"hidden": {"target": "t", "position": "mean", "view": "plain"}}],
+                "loss": [
+                    {"ce": {}},
+                    {"hidden": {"target": "t", "position": "mean", "view": "plain"}},
+                    {"hidden": {"target": "t", "project": True, "student_layer": [0, 1], "teacher_layer": [1, 3]}},
+                ],
                 "optim": {"batch": 4},
                 "lr": 0.003,
                 "stop": {"steps": 6},
@@ -136,8 +141,10 @@ def test_a_killed_run_with_an_average_ends_as_the_one_left_in_peace(place):
     for out in ("hard", "whole"):
         ended = run(place, out)
         assert ended.returncode == 0, ended.stderr
-    hard, whole = (load_file(place / out / "student/model/model.safetensors") for out in ("hard", "whole"))
-    assert all(hard[name].equal(whole[name]) for name in whole)
+    for file in ("model/model.safetensors", projections.FILE):  # the map of the second loss is not in the model
+        hard, whole = (load_file(place / out / "student" / file) for out in ("hard", "whole"))
+        assert all(hard[name].equal(whole[name]) for name in whole)
+        assert [name for name in whole if "hidden_2" in name] == ["hidden_2.weight"] * (file == projections.FILE)
     terms = [[json.loads(x)["terms"] for x in (place / out / "student/log.jsonl").open()] for out in ("hard", "whole")]
     assert terms[0] == terms[1] and terms[0][0]["hidden.last"] == 0 < terms[0][-1]["hidden.last"]
 

@@ -147,3 +147,44 @@ def test_the_report_has_the_student_beside_one_without_the_method(ran, name):
     found = rows(ran(name))
     assert all("heldout_loss" in metrics for metrics in found.values())
     assert "student" in found and {"scratch", "twin"} & found.keys()
+
+
+# Layer by layer (TinyBERT), and predictions with the last states (DistilBERT)
+
+PUBLISHED = Path(__file__).parent.parent / "recipes/paper"
+
+
+def losses(where, stage: str = "student") -> list[tuple[str, object]]:
+    return recipe.load(where).stage(stage).train.objectives()
+
+
+@pytest.mark.parametrize(("where", "layers", "of"), [("tinybert", 3, 6), (PUBLISHED / "tinybert.yaml", 4, 12)])
+def test_tinybert_has_every_layer_one_of_the_teachers_evenly_spaced(where, layers, of):
+    """g(m) = m N / M, from m = 0, the embeddings, whose map is their own."""
+    (_, embeddings), (_, hidden), (_, scores) = losses(where)
+    every = [(m - 1, m * of // layers - 1) for m in range(1, layers + 1)]
+    assert hidden.pairs == scores.pairs == every and embeddings.pairs == [("embeddings", "embeddings")]
+    assert embeddings.project and hidden.project and (hidden.kind, hidden.position) == ("mse", "all")
+
+
+@pytest.mark.parametrize("where", ["distilbert", PUBLISHED / "distilbert.yaml"])
+def test_distilbert_weighs_its_three_losses_as_published(where):
+    found = {name: loss for name, loss in losses(where)}
+    assert [(name, loss.weight.value) for name, loss in found.items()] == [("divergence", 5), ("ce", 2), ("hidden", 1)]
+    soft, states = found["divergence"], found["hidden"]
+    assert (soft.kind, soft.temperature.value, soft.temperature_squared) == ("forward_kl", 2, True)
+    assert (states.kind, states.position, states.pairs) == ("cosine", "all", [("last", "last")])
+
+
+@pytest.mark.parametrize(("name", "trainable"), [("tinybert", "14.4"), ("distilbert", "67.0")])
+def test_their_published_settings_are_accepted_from_a_config_alone(name, trainable, tmp_path, monkeypatch, capsys):
+    from transformers import BertConfig
+
+    from distill import forecast
+
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "teacher")
+    published = recipe.load(PUBLISHED / f"{name}.yaml", ["models.teacher={from: ./teacher}"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    forecast.show(published, tmp_path / "out", ranks=8, rate=4e14)
+    assert f" {trainable} M " in capsys.readouterr().out

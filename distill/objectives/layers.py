@@ -55,8 +55,3 @@ def unpaired(student, teacher) -> str | None:
     if len(set(ours)) < len(ours):
         return "student_layer: each layer at most once; a second teacher's layer for it is a loss of its own"
     return None
-
-
-def uniform(layers: int, of: int) -> list[int]:
-    """As many layers, evenly spaced, the last among them (TinyBERT's g(m) = m N / M, counted from 0)."""
-    return [(m + 1) * of // layers - 1 for m in range(layers)]

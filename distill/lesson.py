@@ -144,19 +144,25 @@ def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data, parts: Sequ
     Found by one backward pass over the smallest batch (one for each part of the student that may be drawn): a parameter
     without a gradient is outside the graph. Left in, ZeRO's flat partitions would decay it.
     """
-    batch = data.smallest()
+    batch, reached = data.smallest(), set()
+
+    def note(p: nn.Parameter) -> None:
+        reached.add(p)
+        p.grad = None  # all gradients together would be as big as the model, in float32, on every rank
+
     lesson.to(data.device)
+    hooks = [p.register_post_accumulate_grad_hook(note) for p in lesson.parameters() if p.requires_grad]
     active = {name: fixed(objective, Progress(0, 1)) for name, objective in lesson.objectives.items()}
     for part in parts or (None,):
         total = sum(lesson(batch, targets(batch, active), active, part).values())
         if not total.requires_grad:
             raise UserError("no loss reaches anything that is trained: the hooks freeze too much")
         total.backward()
-    unreached = [name for name, p in lesson.named_parameters() if p.grad is None]
-    for name, p in lesson.named_parameters():
-        p.grad = None
-        p.requires_grad_(name not in unreached)
-    return [name.removeprefix("student.") for name in unreached]
+    for hook in hooks:
+        hook.remove()
+    for p in lesson.parameters():
+        p.requires_grad_(p in reached)
+    return [name.removeprefix("student.") for name, p in lesson.named_parameters() if p not in reached]
 
 
 class First:

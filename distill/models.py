@@ -185,9 +185,9 @@ def export(
     """
     model = load(start, loading.own_head(loading.configuration(start)))
     places = {loading.inside(n, model): p for n, p in model.named_parameters()}
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            places[loading.inside(name, model)].copy_(tensor)
+    for name, tensor in trained.items():
+        place = places[loading.inside(name, model)]
+        place.data = tensor.detach().to(place.dtype).view(place.shape)  # not copied: it may be all that memory holds
     return save(model, dst, carry=start, overwrite=True, story={"preserves": "no"}, beside=beside)
 
 

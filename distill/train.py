@@ -289,7 +289,7 @@ class Stage:
 
     def _export(self, engine: Engine) -> None:
         beside = self.sparse.beside(engine)
-        trained = dict(engine.state("master"))
+        trained = {name: tensor for name, tensor in engine.state("master") if world.rank() == 0}
         student = {name.removeprefix("student."): x for name, x in trained.items() if name.startswith("student.")}
         world.first(lambda: projections.write(self.directory, trained))
         world.first(lambda: self.subject.export(student, self.directory / "model", *beside))

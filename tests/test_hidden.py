@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -10,9 +12,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from distill import corpus, models, projections, taps, views
-from distill.lesson import Lesson
+from distill.lesson import Lesson, named_losses
 from distill.objectives import OBJECTIVES, Hidden, hidden
 from distill.objectives.hidden_sum import hidden_count, hidden_sum
+from distill.schedules import Progress, fixed
 from distill.teachers.targets import Online, Targets
 
 PACKED = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 0], [1] * 11, [2, 2, 1, 1, 3, 3, 0, 0, 4, 4, 5]])
@@ -185,6 +188,22 @@ def test_one_step_is_that_of_the_paper_written_out():
     assert_close(ours, theirs, rtol=1e-12, atol=0)
     for one, other in zip(*gradients, strict=True):
         assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_losses_of_one_kind_have_names_weights_and_schedules_of_their_own():
+    """Several relations, too: qq at its full weight, vv fading."""
+    fading = {"unit": "fraction", "points": [[0, 1.0], [1, 0.0]]}
+    given = [
+        ("relation_kl", OBJECTIVES["relation_kl"](target="t", relations=["qq"], heads=6)),
+        ("relation_kl", OBJECTIVES["relation_kl"](target="t", relations=["vv"], heads=6, weight=fading)),
+        ("hidden", Hidden(target="t", weight=0.5)),
+    ]
+    named = named_losses(SimpleNamespace(objectives=lambda: given))
+    weights = {name: fixed(loss, Progress(3, 4)).weight.value for name, loss in named.items()}
+    assert weights == {"relation_kl": 1.0, "relation_kl_2": 0.25, "hidden": 0.5}
+    lesson, targets, *_ = pair(named)
+    terms = lesson(masked(), targets(masked(), named), named)
+    assert set(terms) == {"relation_kl.qq", "relation_kl_2.vv", "hidden.last"}
 
 
 # Projections

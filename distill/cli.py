@@ -89,6 +89,34 @@ def run(
         stages.run(read, out, start_from=start_from, fresh=fresh, accept_changes=accept_changes)
 
 
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Run directory, for its finished stages.  [default: runs/RECIPE]"
+)
+@click.option("--ranks", type=click.IntRange(1), default=1, help="Processes on this machine.  [default: 1]")
+def check(recipe: str, overrides: tuple[str, ...], out: Path | None, ranks: int) -> None:
+    """Try each training stage of RECIPE on one real batch: ids, masks, teachers, one loss however rows are cut, time.
+
+    Nothing is kept. A stage that needs another one is tried once that has run.
+
+    \b
+    distill check minilm
+    distill check recipes/minilm.yaml engine.micro_batch=4 --ranks 2
+    """
+    from distill import launch
+    from distill.recipe import load
+
+    read = load(recipe, overrides)
+    if ranks > 1 and not launch.is_rank():
+        sys.exit(launch.launch(ranks, sys.argv[1:]))
+    from distill import trial
+
+    launch.refuse_other(ranks)
+    trial.show(read, out or Path("runs") / read.recipe)
+
+
 @main.command("list")
 def list_() -> None:
     """What a recipe can name: recipes, objectives, operators, metrics, sources of text.

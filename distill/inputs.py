@@ -27,7 +27,7 @@ def inputs_of(task: Task) -> dict[str, Any]:
         inputs["seed"] = inputs.get("seed", 0) + task.contexts[0].seed
     if task.stage.kind == "train" and task.spec.stop.like:
         inputs["equal"] = task.contexts[0].recipe.equal
-    for kind, name in _names(task):
+    for kind, name in names_of(task):
         for context in task.contexts:
             inputs.update(_made_from(kind, name, context))
     return inputs
@@ -35,16 +35,17 @@ def inputs_of(task: Task) -> dict[str, Any]:
 
 def corpora_of(task: Task) -> list[str]:
     """Those of the recipe that a stage names."""
-    return [name for kind, name in _names(task) if kind in DATA and name in task.contexts[0].recipe.corpora]
+    return [name for kind, name in names_of(task) if kind in DATA and name in task.contexts[0].recipe.corpora]
 
 
 def collections_of(task: Task) -> list[str]:
     """Those of the recipe that a stage reads, however many stages have been through them."""
     recipe = task.contexts[0].recipe
-    return list(dict.fromkeys(c for kind, name in _names(task) if kind in DATA and (c := recipe.collection(name))))
+    return list(dict.fromkeys(c for kind, name in names_of(task) if kind in DATA and (c := recipe.collection(name))))
 
 
-def _names(task: Task) -> list[tuple[str, str]]:
+def names_of(task: Task) -> list[tuple[str, str]]:
+    """(kind of reference, name) of all that a stage names."""
     spec = task.spec.model_dump(mode="json", by_alias=True)
     return sorted({(kind, name) for _, kind, name in references({"stages": [{task.stage.kind: spec}]})})
 

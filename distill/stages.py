@@ -151,7 +151,7 @@ def _foresee(task: Task, work: Work) -> None:
     """An evaluation that cannot be made is refused before hours of training."""
     _prepare(task)
     if task.stage.kind == "evaluate":
-        world.first(lambda: None if _is_done(task) else work.foresee(task.spec, task.contexts[0]))
+        world.first(lambda: None if is_done(task) else work.foresee(task.spec, task.contexts[0]))
 
 
 def _prepare(task: Task) -> None:
@@ -167,7 +167,7 @@ def _lost(task: Task) -> str | None:
     return next((name for name in task.stage.makes if not (task.directory / name).is_dir()), None)
 
 
-def _is_done(task: Task) -> bool:
+def is_done(task: Task) -> bool:
     return (_manifest(task) or {}).get("state") == DONE
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -96,8 +98,9 @@ def test_every_command_explains_itself_with_an_example(name):
 
 def test_the_public_options_are_these():
     options = {name: sorted(o for p in command.params for o in p.opts) for name, command in main.commands.items()}
+    check = ["--out", "--ranks", "overrides", "recipe"]
     run = ["--accept-changes", "--dry-run", "--fresh", "--from", "--out", "--ranks", "--rate", "overrides", "recipe"]
-    assert options == {"run": run, "list": [], "schema": [], "report": ["directory"]}
+    assert options == {"run": run, "check": check, "list": [], "schema": [], "report": ["directory"]}
 
 
 def test_list_names_recipes_objectives_metrics_and_sources():
@@ -225,6 +228,32 @@ def test_the_time_of_a_forecast_follows_the_rate_and_the_ranks(tiny):
         return next(line for line in lines.splitlines() if line.startswith("student ")).split()[-2:]
 
     assert times("--rate", "1e9") == times("--rate", "5e8", "--ranks", "2") != times("--rate", "5e8")
+
+
+def test_a_check_tries_what_can_begin_on_a_real_batch_and_keeps_nothing(tiny):
+    before = sorted(tiny.rglob("*"))
+    done = distill("check", "tiny.yaml", "corpora.text.heldout=0", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    assert sorted(tiny.rglob("*")) == before
+    told = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines() if "  " in line)
+    assert told["batch"].startswith("8 rows") and told["target t"] == "in eval mode, frozen"
+    assert all(float(told[what].split()[-1]) < 1e-5 for what in ("cut in halves", "documents apart"))
+    assert "no loss reaches encoder.layer.0" in told["learns"] and told["to expect"].endswith(" for 10 steps")
+    assert "deeper: needs student" in done.stderr
+
+
+def test_a_check_finds_terms_that_differ_and_teachers_that_drop_out():
+    from distill.trial import Trial
+
+    engine = SimpleNamespace(precision="fp32")
+    trial = SimpleNamespace(context=SimpleNamespace(recipe=SimpleNamespace(engine=engine)), targets=SimpleNamespace())
+    assert Trial._compared(trial, "cut", {"a": 1.0}, {"a": 1.00001}).good
+    assert not Trial._compared(trial, "cut", {"a": 1.0}, {"a": 1.01}).good
+    teacher = model("bert", head="mlm", **BERT)
+    trial.targets.sources = {"t": SimpleNamespace(models=(teacher,))}
+    assert [found.good for found in Trial._teachers(trial)] == [False]
+    teacher.eval().requires_grad_(False)
+    assert [found.good for found in Trial._teachers(trial)] == [True]
 
 
 def test_flops_are_six_n_d_and_two_n_d_and_sharding_divides_what_its_stage_says(tiny, monkeypatch):

@@ -63,6 +63,19 @@ def metrics(run: Path, stage: str) -> dict:
     return json.loads((run / stage / "stage.json").read_text())["metrics"]
 
 
+def spent(run: Path, *stages: str) -> dict:
+    """What their logs add up to."""
+    logs = [[json.loads(line) for line in (run / s / "log.jsonl").read_text().splitlines()] for s in stages]
+    return {
+        "flops_executed": sum(log[-1]["flops"] for log in logs),
+        "flops_modelled": sum(
+            sum(entry["step_flops_modelled"] for entry in log) if "density" in log[0] else log[-1]["flops"]
+            for log in logs
+        ),
+        "memory": max(entry["memory"] for log in logs for entry in log),
+    }
+
+
 def weights(run: Path, where: str) -> dict:
     return load_file(run / where / "model.safetensors")
 
@@ -95,6 +108,9 @@ def test_spdf_compares_with_smaller_models_and_with_masks_that_stay(ran):
     for found, stage in zip(sparse, ("half", "quarter"), strict=True):
         assert found["sparsity"]["flops_modelled"] < found["flops"] == dense["flops"]  # nothing sparse is executed
         assert metrics(run, f"small_{stage}")["flops"] < dense["flops"]
+    for name, stages in {"tuned/75 % sparse": ("quarter", "quarter_tuned"), "task alone": ("alone",)}.items():
+        wanted = spent(run, *stages)
+        assert {key: rows(run)[name]["cost"][key] for key in wanted} == wanted
     before, after = (masks.read(run / where) for where in ("quarter/model", "quarter_kept/model"))
     assert all(mask.bools().equal(after[name].bools()) for name, mask in before.items())
 
@@ -109,12 +125,19 @@ def test_gradual_ends_at_a_fifth_and_static_has_its_average(ran):
     assert all(dense[name].equal(begun[name]) for name in dense)
     pruned = masks.read(run / "pruned/model").values()
     assert sum(m.kept for m in pruned) / sum(m.size for m in pruned) == pytest.approx(0.2, abs=1e-3)
-    assert len(rows(run)) == 5
+    costs = {name: row["cost"] for name, row in rows(run).items()}
+    assert costs["gradual"]["density_mean"] == gradual["density_mean"] and len(costs) == 5
+    assert [costs[name]["density"] for name in ("gradual", "pruned at once")] == pytest.approx([0.2, 0.2], abs=1e-3)
+    assert costs["pruned at once"]["flops_modelled"] == costs["dense twin"]["flops_executed"]  # it was trained dense
 
 
 def test_sltrain_exports_ordinary_models_with_their_factors_beside(ran):
     run = ran("sltrain")
     assert len({row["params"] for name, row in rows(run).items() if name != "small baseline"}) == 1
+    held = metrics(run, "student")["lowrank"]
+    cost = rows(run)["student"]["cost"]
+    assert cost["density"] == cost["density_mean"] == held["held"] / held["whole"] < 0.5
+    assert cost["flops_modelled"] == cost["flops_executed"] == metrics(run, "student")["flops"]
     student, alone = (factored.read(run / f"{stage}/model").values() for stage in ("student", "lowrank"))
     assert len(student) == len(alone) == 4 * 7
     assert all(f.indices.numel() > 0 for f in student) and all(f.indices.numel() == 0 for f in alone)

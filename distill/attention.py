@@ -153,6 +153,17 @@ def _ours(name: str) -> str:
     return PREFIX + name.removeprefix(PREFIX)
 
 
+def choose(model: nn.Module, name: str) -> None:
+    """Have a model attend by this implementation of transformers; refused where this machine or family lacks it."""
+    if name == "flex_attention" and not torch.cuda.is_available():
+        raise UserError("engine.attention: flex_attention has no backward pass on a CPU; take sdpa or eager")
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"engine.attention: {type(model).__name__} cannot take {name} here: {said}") from error
+
+
 def _recording(name: str) -> Callable:
     def attention(module, query, key, value, *args, **kwargs):
         values = dict(zip(IN_ATTENTION, (query, key, value), strict=True))

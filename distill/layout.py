@@ -55,7 +55,12 @@ UNKNOWN = Layout(None, positions=False)
 
 def packable(config) -> bool:
     """Whether several documents may share a row without seeing each other."""
-    return _layout(config).packed is not None
+    return _layout(config).packed is not None and _separates(config)
+
+
+def _separates(config) -> bool:
+    """Flash attention takes positions for documents in rows of their own alone, and no 4-D mask at all."""
+    return config._attn_implementation in (None, "sdpa", "eager", "flex_attention")
 
 
 def longest(config) -> int | None:
@@ -111,8 +116,8 @@ def _packed(layout: Layout, model: nn.Module, segments: Tensor) -> dict[str, Ten
     config = model.config
     if layout.packed is None:
         raise UserError(f"{config.model_type} cannot keep packed documents apart; corpora need packed: false")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise UserError(f"packed rows need sdpa or eager attention, not {config._attn_implementation}")
+    if not _separates(config):
+        raise UserError(f"packed rows need sdpa, eager or flex attention, not {config._attn_implementation}")
     if layout.packed == "positions":
         return {}  # a mask of any kind would switch transformers' own separation off
     together = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, T]; padding sees padding: no NaN
@@ -129,7 +134,7 @@ def _packed(layout: Layout, model: nn.Module, segments: Tensor) -> dict[str, Ten
 
 
 def _as(mask: Tensor, model: nn.Module) -> Tensor:
-    """A boolean mask in the form of the attention implementation: eager adds it to the scores."""
+    """A boolean mask in the form of the attention implementation: all but sdpa add it to the scores."""
     if model.config._attn_implementation == "sdpa":
         return mask
     # the least finite number, as transformers has it: with minus infinity a row without keys would be NaN

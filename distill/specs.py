@@ -27,6 +27,9 @@ class EngineSpec(Value):
     checkpointing: bool = Field(
         False, description="activation checkpointing of the student: less memory for one more of its forward passes"
     )
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = Field(
+        None, description="how student and teachers attend, flash with padded rows; null: as transformers chooses"
+    )
     deepspeed: dict[str, Any] = Field({}, description="passed through to DeepSpeed's configuration")
 
     @property

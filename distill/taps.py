@@ -14,7 +14,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from distill import classifiers, heads, layout, loading
@@ -61,6 +63,8 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]], layers: int | None = 
     base, seen, asked = _base(model), Seen(), [Tap(*t) for t in taps]
     listeners = _listeners(base, [t for t in asked if t not in (OUTPUT, DEVIATIONS)], seen, layers)
     with ExitStack() as undo:
+        if _compiled(model):
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
         for (block, _), listener in listeners.items():
             _attach(block, listener, undo)
         undo.callback(base.register_forward_pre_hook(lambda *_: _begin(seen, listeners.values())).remove)
@@ -147,6 +151,11 @@ def _finish(model: nn.Module, seen: Seen, listeners: Iterable[Listener], run: tu
                 f"{type(model).__name__} cannot be tapped for {role}: layer {layer} has {value.shape[-2]} places where "
                 f"the model's output has {places}"
             )
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether some of it is; what was compiled without hooks does not know them, so a tapped model runs as written."""
+    return isinstance(model, OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules())
 
 
 def _base(model: nn.Module) -> nn.Module:

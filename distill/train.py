@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from distill import extent, hooks, memory, projections, snapshot, sources, world
+from distill.attention import choose
 from distill.changes import flat
 from distill.cost import as_much_as
 from distill.engine import Engine, NonFinite
@@ -80,6 +81,9 @@ class Stage:
         drawn = projections.drawn(shapes, self.seed)
         self.lesson = Lesson(self.student, self.objectives, context.recipe.engine.checkpointing, drawn)
         self.targets = Targets({name: self.subject.source(name) for name in spec.targets}, self.objectives)
+        if attend := context.recipe.engine.attention:
+            for model in (self.student, *self.targets.models):
+                choose(model.base_model, attend)
         self.data = self.subject.data(self.targets, self.micro_batch, self.offset)
         heldout = self.subject.heldout if spec.evaluate_every else None
         self.heldout = heldout and heldout(self.lesson, self.micro_batch, self.steps)

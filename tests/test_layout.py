@@ -127,5 +127,17 @@ def test_a_bert_that_decodes_is_not_packed():
 def test_packed_rows_are_refused_under_an_attention_that_was_not_proven():
     model = tiny.model("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UserError, match="need sdpa or eager attention, not flash_attention_2"):
+    assert not layout.packable(model.config)
+    with pytest.raises(UserError, match=r"need sdpa, eager or flex attention, not flash_attention_2"):
         layout.inputs(model, tiny.batch(DOCUMENTS, LENGTH))
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "qwen3", "gemma2", "gemma3_text"])
+def test_flex_attention_keeps_packed_documents_apart(family):
+    """Uncompiled, which is slow and the same."""
+    packed = tiny.batch(DOCUMENTS, LENGTH)
+    expected = outputs(tiny.model(family, attention="eager"), documents(packed))
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        found = outputs(tiny.model(family, attention="flex_attention"), packed)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -24,7 +24,8 @@ ENCODERS = {
 }  # fmt: skip
 DECODERS = {
     "arcee": {}, "cohere": {}, "cohere2": LOCAL, "ernie4_5": {"head_dim": 10}, "exaone4": LOCAL,
-    "glm": {"head_dim": 10}, "glm4": {"head_dim": 10}, "gpt_bigcode": {"n_inner": 40}, "granite": {"attention_multiplier": 0.3},
+    "glm": {"head_dim": 10}, "glm4": {"head_dim": 10}, "gpt_bigcode": {"n_inner": 40},
+    "granite": {"attention_multiplier": 0.3},
     "helium": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 10},
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4, "head_dim": 10},
     "modernbert-decoder": {"num_key_value_heads": 6, "local_attention": 10, "global_attn_every_n_layers": 3},

@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distill import taps
-from distill.attention import IMPLEMENTATIONS, PREFIX, _running
+from distill.attention import IMPLEMENTATIONS, PREFIX, _running, choose
 from distill.models import facts
 from distill.objectives.segments import Sight
 from distill.taps import ROLES, Tap, tap, trace
@@ -274,3 +274,59 @@ def test_reentrant_checkpointing_is_refused():
     model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(UserError, match="re-entrant"), tap(model, [("query", -1)]):
         pass
+
+
+# Compiled models, and attention implementations that are not here
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "blocks"])
+def test_a_compiled_model_is_tapped_as_if_it_were_not(how, used):
+    plain, compiled = (tiny.model("bert", num_hidden_layers=2) for _ in range(2))
+    batch, found = tiny.batch(*PADDED), []
+    for part in {"model.compile": [compiled], "blocks": taps.blocks(compiled)}.get(how, ()):
+        part.compile(backend="eager")
+    if how == "torch.compile":
+        compiled = torch.compile(compiled, backend="eager")
+    if used:
+        outputs(compiled, batch)
+    for model in (plain, compiled):
+        with tap(model, [(role, -1) for role in ROLES]) as seen:
+            outputs(model, batch)
+        sum(value.square().mean() for value in seen.values()).backward()
+        found.append((dict(seen), [p.grad for p in model.parameters()]))
+    (ours, gradients), (theirs, expected) = found
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_flash_attention_gets_what_it_asks_for(monkeypatch):
+    """A stub in its place: [B, H, T, d], the padding mask as it is, lengths of packed documents, its own name."""
+    given = []
+
+    def flash(module, query, key, value, mask, scaling=None, **kwargs):
+        given.append((query.shape, mask, module.config._attn_implementation, module.is_causal, kwargs))
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = (query @ key.mT * scaling).masked_fill(torch.ones(query.shape[-2], key.shape[-2]).triu(1) > 0, -1e9)
+        return (scores.masked_fill(mask[:, None, None] == 0, -1e9).softmax(-1) @ value).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    model, batch = tiny.model("llama"), tiny.batch(*PADDED)
+    expected = outputs(model, batch)
+    model.config._attn_implementation = "flash_attention_2"
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 11, 18, 19]), "max_length_q": 11}
+    mask = (batch["segment_ids"] > 0).long()
+    with tap(model, [("key", 1)]) as seen:
+        found = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **lengths)[0]
+    assert_close(found[mask > 0], expected[mask > 0], atol=1e-5, rtol=1e-5)
+    shape, told, name, causal, others = given[1]
+    assert shape == (3, tiny.HEADS, 11, 8) and torch.equal(told, mask) and name == "flash_attention_2" and causal
+    assert others["max_length_q"] == 11 and torch.equal(others["cu_seq_lens_q"], lengths["cu_seq_lens_q"])
+    assert seen["key", 1].shape == (3, tiny.KV_HEADS, 11, 8) and len(given) == tiny.LAYERS
+
+
+def test_an_implementation_that_is_not_here_is_refused_by_name():
+    with pytest.raises(UserError, match=r"engine.attention: BertModel cannot take flash_attention_2 here: "):
+        choose(tiny.model("bert"), "flash_attention_2")
+    with pytest.raises(UserError, match=r"flex_attention has no backward pass on a CPU"):
+        choose(tiny.model("gemma2"), "flex_attention")

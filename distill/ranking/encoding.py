@@ -67,7 +67,7 @@ def flush(ids: Tensor, real: Tensor, types: Tensor | None = None) -> Texts:
 
 def encoded(encoder: nn.Module, texts: Texts, pick: Callable[[Tensor, Texts], Tensor]) -> Tensor:
     """What `pick` makes of hidden states [n, t, D] of some texts [n, ...], of all of them [N, ...] in their order."""
-    if layout.packable(encoder.config) and encoder.config._attn_implementation in ("sdpa", "eager"):
+    if layout.packable(encoder.config):
         return pick(packed(encoder, texts), texts)
     return in_order(texts.lengths, lambda rows: _picked(encoder, texts.at(rows), pick))
 

@@ -11,11 +11,12 @@ import os
 import warnings
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill import world
+from distill import changes, world
 from growth.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -179,6 +180,12 @@ class Engine:
         if self.engine.skipped_steps > skipped:
             raise NonFinite("a gradient is not finite; the step was not taken")
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def watched(self, step: int, entry: Mapping[str, Any]) -> None:
+        """Numbers of a log entry, for the monitors that the `deepspeed:` block switches on (TensorBoard, W&B, CSV)."""
+        if self.engine.monitor.enabled:
+            numbers = {name: value for name, value in changes.flat(entry).items() if isinstance(value, int | float)}
+            self.engine.monitor.write_events([(f"distill/{name}", value, step) for name, value in numbers.items()])
 
     # --- the whole training state, by name ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Everything comes from configs: those of models at hand, and those that stages wi
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from growth import files
 from growth.anatomy import dissect
 from growth.errors import UsageError, UserError
 from growth.masks import masks_of
+
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
 class Said(Exception):
@@ -198,9 +201,17 @@ def check(recipe: Recipe, context, ranks: int | None = None) -> None:
     """Refuse a recipe that cannot work, with every reason."""
     planned, ranks = Planned(recipe, context), ranks or world.size()
     _examine(recipe, context)
-    wrong = [line for stage in recipe.stages for line in _of_stage(stage, planned, ranks)]
+    wrong = list(_of_monitors(recipe.engine))
+    wrong += [line for stage in recipe.stages for line in _of_stage(stage, planned, ranks)]
     if wrong:
         raise UsageError("\n".join(wrong))
+
+
+def _of_monitors(engine: EngineSpec) -> Iterator[str]:
+    """What DeepSpeed would fail to import when training begins."""
+    for name, package in MONITORS.items():
+        if engine.deepspeed.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            yield f"engine.deepspeed.{name}: pip install {package}, or take csv_monitor, which needs nothing"
 
 
 def _examine(recipe: Recipe, context) -> None:

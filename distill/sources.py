@@ -32,7 +32,8 @@ def described(spec, name: str) -> Path:
 
 
 def has_weights(path: Path) -> bool:
-    return any(encoder(path).glob(WEIGHTS))
+    """Whether there is more than a config; what cannot be read is refused by who reads it, with the reason."""
+    return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in encoder(path).iterdir())
 
 
 def _found(spec, name: str, wanted: list[str]) -> Path:

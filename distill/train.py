@@ -198,6 +198,7 @@ class Stage:
                 if self.heldout and (spent.step % self.spec.evaluate_every == 0 or spent.step == self.steps):
                     entry["heldout"] = self.heldout(engine)
                 print(json.dumps(entry), file=log, flush=True)
+                engine.watched(spent.step, entry)
                 advance(1, note=_note(entry))
                 if stop or (spent.step % self.spec.save_every == 0 and spent.step < self.steps):
                     self._save(engine, spent)

@@ -135,7 +135,6 @@ def changed(**rows):
         "runners": [],
         "overridden": [],
         "comparisons": [],
-        "overridden": [],
         "costs": {},
         **{key: RECIPE[key] for key in ("recipe", "about", "equal", "seeds", "models", "corpora")},
     }

@@ -76,6 +76,7 @@ class Stage:
         self.offset = extent.offset(spec, context)
         self.steps = extent.steps(directory.name, spec, context, self.subject.corpus, self.cost)
         self.student = self.subject.load()
+        fault("train.load")
         self.student.train(spec.dropout)
         shapes = projections.shapes(self.objectives, self.cost.student, self.cost.teachers)
         drawn = projections.drawn(shapes, self.seed)
@@ -178,6 +179,7 @@ class Stage:
         write_text(self.log, "")
 
     def _save(self, engine: Engine, spent: Spent) -> None:
+        fault("train.save")
         about = {"cursor": {**asdict(spent), "position": self._position(spent.step)}, "overridden": self.overridden}
         parent, beside = self.directory / "snapshots", self.targets.state() | self.sparse.state(engine)
         snapshot.save(parent, spent.step, engine, self.of, about, self.spec.keep, beside, self.spec.local)
@@ -293,6 +295,7 @@ class Stage:
             )
 
     def _export(self, engine: Engine) -> None:
+        fault("train.export")
         beside = self.sparse.beside(engine)
         trained = {name: tensor for name, tensor in engine.state("master") if world.rank() == 0}
         student = {name.removeprefix("student."): x for name, x in trained.items() if name.startswith("student.")}

@@ -267,9 +267,14 @@ _passed: dict[str, int] = {}
 
 
 def fault(point: str) -> None:
-    """A place where a test makes things break: `FAULT=point:kill|term|raise|enospc[:nth]`; nothing when unset."""
+    """A place where a test makes things break: `FAULT=point:kill|term|raise|enospc[:nth]`; nothing when unset.
+
+    With `FAULT_RANK` in that one of many processes alone.
+    """
     wanted = os.environ.get("FAULT")
     if not wanted or not wanted.startswith(f"{point}:"):
+        return
+    if os.environ.get("FAULT_RANK", here := os.environ.get("RANK", "0")) != here:
         return
     how, _, nth = wanted.removeprefix(f"{point}:").partition(":")
     _passed[point] = _passed.get(point, 0) + 1

@@ -9,10 +9,11 @@ import copy
 import json
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from engine_cases import shared_directory
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill import snapshot, world
@@ -109,7 +110,7 @@ class Run:
         self.moved &= all(bool((w != before[n])[~dead[n]].any()) for n, w in self.engine.masters() if n in dead)
 
     def state(self) -> dict:
-        return {(key, name): tensor.clone() for key in KEYS for name, tensor in self.engine.state(key)}
+        return {f"{key}.{name}": tensor.clone() for key in KEYS for name, tensor in self.engine.state(key)}
 
 
 def exact(stage: int, precision: str) -> dict:
@@ -122,28 +123,35 @@ def exact(stage: int, precision: str) -> dict:
     return found
 
 
-def resumes(stage: int, precision: str) -> bool:
-    """Three steps, masks have changed, a snapshot, and two more; against a new run that has read it."""
+def interrupted(cell: Path, stage: int, precision: str) -> None:
+    """Three steps, masks have changed, a snapshot, and two more: how that ends is written beside it."""
     run = Run(stage, precision)
     for step in range(3):
         run.step(step)
-    with shared_directory() as parent:
-        path = snapshot.save(parent, 3, run.engine, {}, {}, beside=run.masking.state())
-        for step in range(3, STEPS):
-            run.step(step)
-        end = run.state()
-        run.engine.close()
-        again = Run(stage, precision)
-        snapshot.verify(path)
-        snapshot.restore(path, again.engine, {})
-        again.masking.load(partial(snapshot.beside, path))
-        again.masking.check(again.engine)
-        for step in range(3, STEPS):
-            again.step(step)
-        found = again.state()
-        again.engine.close()
-        world.barrier()
-    return all(torch.equal(end[key], found[key]) for key in end)
+    snapshot.save(cell, 3, run.engine, {}, {}, beside=run.masking.state())
+    for step in range(3, STEPS):
+        run.step(step)
+    end = run.state()
+    world.first(lambda: save_file(end, cell / "end.safetensors"))
+    run.engine.close()
+
+
+def resumed(cell: Path, stage: int, precision: str) -> dict:
+    """A new run that has read the snapshot: whether it has what was saved, and how far from the other it ends."""
+    run, path = Run(stage, precision), snapshot.latest(cell)
+    snapshot.restore(path, run.engine, {})
+    run.masking.load(partial(snapshot.beside, path))
+    run.masking.check(run.engine)
+    saved = {f"{key}.{name}": t for key in KEYS for name, t in load_file(path / f"{key}.safetensors").items()}
+    restored = run.state()
+    for step in range(3, STEPS):
+        run.step(step)
+    end, found = load_file(cell / "end.safetensors"), run.state()
+    run.engine.close()
+    return {
+        "whole": all(torch.equal(saved[name], restored[name]) for name in saved),
+        "far": max(float((end[name] - found[name]).abs().max()) for name in end),
+    }
 
 
 def guarded(stage: int, precision: str) -> str:
@@ -198,15 +206,19 @@ def skipping(x, W, bias):
 
 def main() -> None:
     torch.set_num_threads(1)
-    stages = [int(stage) for stage in sys.argv[1:]] or range(4)
+    place, ranks = Path(sys.argv[1]), world.size()
+    cells = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+    for stage, precision in cells if ranks == 1 else RESUMED:
+        interrupted(place / f"{ranks} {stage} {precision}", stage, precision)
+    own = {cell: resumed(place / f"{ranks} {cell[0]} {cell[1]}", *cell) for cell in RESUMED}
+    others = {stage: resumed(place / f"1 {(stage + 1) % 4} fp32", stage, "fp32") for stage in range(4)}
     print(
         json.dumps(
             {
                 f"{stage} {precision}": exact(stage, precision)
-                | ({"resumes": resumes(stage, precision)} if (stage, precision) in RESUMED else {})
+                | {"resumes": own.get((stage, precision)), "crosses": others[stage]}
                 | ({"guarded": guarded(stage, precision)} if precision == "bf16" else {})
-                for stage in stages
-                for precision in ("fp32", "bf16")
+                for stage, precision in cells
             }
             | {"dense": skips(0, None), "skipping": skips(3, skipping)}
         )

@@ -31,13 +31,23 @@ both = pytest.mark.parametrize("ranks", [1, 2])
 every_cell = pytest.mark.parametrize(("stage", "ranks", "precision"), CELLS)
 
 
-@functools.cache
-def launched(ranks: int) -> dict:
-    return launch("mask_cases.py", ranks=ranks, timeout=900)[0]
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What all cells of a number of ranks have found; two ranks also resume what one has saved."""
+    place, found = tmp_path_factory.mktemp("cells"), {}
+
+    def of(ranks: int) -> dict:
+        for each in range(1, ranks + 1):
+            if each not in found:
+                found[each] = launch("mask_cases.py", place, ranks=each, timeout=900)[0]
+        return found[ranks]
+
+    return of
 
 
-def results(stage: int, ranks: int, precision: str) -> dict:
-    return launched(ranks)[f"{stage} {precision}"]
+@pytest.fixture(scope="module")
+def results(launched):
+    return lambda stage, ranks, precision: launched(ranks)[f"{stage} {precision}"]
 
 
 @functools.cache
@@ -74,18 +84,18 @@ def _clear(named: dict, dead: dict, optimizer) -> None:
 
 
 @every_cell
-def test_what_is_dead_is_zero_in_weight_master_and_both_moments_after_every_step(stage, ranks, precision):
+def test_what_is_dead_is_zero_in_weight_master_and_both_moments_after_every_step(results, stage, ranks, precision):
     assert results(stage, ranks, precision)["dead"] == 0
 
 
 @every_cell
-def test_what_is_alive_learns_and_a_gradient_of_nan_on_what_is_dead_harms_nobody(stage, ranks, precision):
+def test_what_is_alive_learns_and_a_gradient_of_nan_on_what_is_dead_harms_nobody(results, stage, ranks, precision):
     found = results(stage, ranks, precision)
     assert found["moved"] and all(torch.tensor(found["weights"]).isfinite())
 
 
 @every_cell
-def test_norms_clipping_and_weights_are_those_of_plain_torch(stage, ranks, precision):
+def test_norms_clipping_and_weights_are_those_of_plain_torch(results, stage, ranks, precision):
     found, (norms, weights) = results(stage, ranks, precision), plain()
     near = 1e-6 if precision == "fp32" else 0.02
     assert found["norms"] == pytest.approx(norms, rel=near)
@@ -95,19 +105,27 @@ def test_norms_clipping_and_weights_are_those_of_plain_torch(stage, ranks, preci
 
 @pytest.mark.parametrize(("stage", "precision"), mask_cases.RESUMED)
 @both
-def test_a_stopped_run_goes_on_bit_for_bit_with_the_masks_it_had(stage, ranks, precision):
-    assert results(stage, ranks, precision)["resumes"]
+def test_a_stopped_run_goes_on_bit_for_bit_with_the_masks_it_had(results, stage, ranks, precision):
+    assert results(stage, ranks, precision)["resumes"] == {"whole": True, "far": 0.0}
 
 
 @pytest.mark.parametrize("stage", range(4))
 @both
-def test_one_weight_that_came_back_is_found_and_named(stage, ranks):
+def test_it_goes_on_under_another_stage_and_number_of_ranks_with_all_it_had(results, stage, ranks):
+    """From the next stage on one rank; benchmarks/resume_matrix.py has all pairs."""
+    found = results(stage, ranks, "fp32")["crosses"]
+    assert found["whole"] and found["far"] <= 1e-6
+
+
+@pytest.mark.parametrize("stage", range(4))
+@both
+def test_one_weight_that_came_back_is_found_and_named(results, stage, ranks):
     said = results(stage, ranks, "bf16")["guarded"]
     assert said.startswith("pairs.2.1.weight: 1 weights that its mask says are dead are not zero in the master;")
 
 
 @both
-def test_products_that_skip_dead_weights_train_as_dense_ones_do_where_matrices_are_gathered(ranks):
+def test_products_that_skip_dead_weights_train_as_dense_ones_do_where_matrices_are_gathered(launched, ranks):
     dense, sparse = (torch.tensor(launched(ranks)[key]) for key in ("dense", "skipping"))
     assert dense.abs().max() > 0.1 and (sparse - dense).abs().max() <= 1e-6
 

@@ -174,3 +174,22 @@ def test_when_a_rank_is_killed_the_other_ends_with_a_line(place):
     said = started.communicate(timeout=90)[1]
     assert started.returncode == 137 and "error: rank 1 was ended by SIGKILL" in said
     assert "Traceback" not in said and "Warning" not in said
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("point", ["train.save", "train.export"])
+def test_a_rank_that_fails_is_heard_first_and_the_job_ends_within_a_minute(place, point):
+    """Where the others wait for it: for its part of a snapshot, of the trained weights."""
+    command = [sys.executable, "-W", "ignore", "-m", "distill.cli", "run", "small.yaml", "student.train.stop.steps=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULT": f"{point}:raise", "FAULT_RANK": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    out = place / f"failing-{point}"
+    started = subprocess.Popen([*command, "--ranks", "2", "--out", out.name], cwd=place, env=environment, **pipes)
+    heard = next(line for line in started.stderr if "Error: " in line or "error: " in line)
+    since = time.monotonic()
+    rest = started.communicate(timeout=120)[1]
+    assert time.monotonic() - since < 60 and started.returncode == 1
+    assert heard == f"rank 1: [rank1]: RuntimeError: fault at {point}\n" and "Traceback" not in rest
+    kept = [path.name for path in (out / "student").glob("snapshots/*")]
+    assert kept == (["step-00000002"] if point == "train.export" else [])
+    assert not (out / "student/model").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-LOOP, DIVERGENCE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, TRAINER, DIVERGENCE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_loop_runs_and_its_loss_falls():
@@ -19,6 +19,14 @@ def test_the_loop_runs_and_its_loss_falls():
     assert told != LOOP
     exec(compile(told, "README.md", "exec"), {"losses": losses})
     assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
+
+
+def test_a_trainer_learns_by_the_same_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(LOOP.partition("for step in")[0] + TRAINER, "README.md", "exec"), names)
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(losses) == 24 and losses[-1] < 0.9 * losses[0]
 
 
 def test_the_divergence_of_hidden_states_is_that_of_their_logits():

@@ -304,7 +304,9 @@ class Stage:
 
 
 def _note(entry: dict) -> str:
-    terms = "  ".join(f"{name.split('.')[-1]} {value:.4f}" for name, value in entry["terms"].items())
+    short = [name.split(".")[-1] for name in entry["terms"]]
+    names = short if len(set(short)) == len(short) else entry["terms"]  # several losses have terms of one name
+    terms = "  ".join(f"{name} {value:.4f}" for name, value in zip(names, entry["terms"].values(), strict=True))
     heldout = f"  held-out {entry['heldout']:.4f}" if "heldout" in entry else ""
     pairs = f"  {count(entry['pairs_per_second'])} pairs/s" if "pairs_per_second" in entry else ""
     return f"{terms}{heldout}{pairs}  {count(entry['tokens_per_second'])} tok/s"

@@ -75,7 +75,7 @@ def test_in_low_precision_the_average_keeps_all_digits_and_frequencies_of_positi
     student = tiny.model("llama", "causal")
     average = Average(student, Schedule.constant(0.9), torch.bfloat16)
     engine = SimpleNamespace(names=["student.model.norm.weight"])
-    engine.masters = lambda: [(engine.names[0], student.model.norm.weight + 0.001)]
+    engine.masters = lambda names: [(engine.names[0], student.model.norm.weight + 0.001)]
     average.moved(engine, Progress(0))
     (found,) = average.state().values()
     assert_close(found, student.model.norm.weight + 0.0001, rtol=0, atol=1e-7)

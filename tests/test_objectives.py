@@ -396,7 +396,16 @@ def test_a_wrong_recipe_is_refused(keys, expected):
 def test_recipes_need_no_torch():
     code = "import sys, distill.objectives as o; o.RelationKL(target='t', heads=4); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert set(OBJECTIVES) == {"relation_kl", "ce", "divergence", "aligned", "hidden", "attention_mse", *RANKING}
+    assert set(OBJECTIVES) == {
+        "relation_kl",
+        "ce",
+        "divergence",
+        "aligned",
+        "hidden",
+        "perturbation",
+        "attention_mse",
+        *RANKING,
+    }
 
 
 # Known gradients

@@ -322,7 +322,8 @@ def reported(place, found):
         },
     }
     mined = {"id": "mined", "data": {"from": "mini", "ops": [{"mine": {"by": "bm25"}}]}}
-    evaluation = {"rows": ROWS, "on": ["ndcg", "mrr", "map", "recall"], "depth": 20, "data": "mini"}
+    rows = ROWS | {"student": "student"}
+    evaluation = {"rows": rows, "on": ["ndcg", "mrr", "map", "recall"], "depth": 20, "data": "mini"}
     recipe = recipe_of(place, {}, stages=[mined, train, {"id": "report", "evaluate": evaluation}], seeds=2)
     (run / "recipe.yaml").write_text(recipes.dump(recipe))
     for seed in range(2):

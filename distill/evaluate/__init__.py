@@ -151,7 +151,7 @@ def role(label: str, reference: str, teacher: str | None) -> str:
 
 
 def _metric(entry: str | dict[str, dict[str, Any]]) -> tuple[str, Metric]:
-    """`probe`, or `{sts: {path: pairs.jsonl}}`: a metric with other fields."""
+    """`probe`, or `{sts: {source: pairs.jsonl}}`: a metric with other fields."""
     ((name, fields),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
     if name not in METRICS:
         raise UsageError(f"no metric {name!r}{did_you_mean(name, METRICS)}; there are {', '.join(METRICS)}")

@@ -158,13 +158,16 @@ def losses(where, stage: str = "student") -> list[tuple[str, object]]:
     return recipe.load(where).stage(stage).train.objectives()
 
 
-@pytest.mark.parametrize(("where", "layers", "of"), [("tinybert", 3, 6), (PUBLISHED / "tinybert.yaml", 4, 12)])
-def test_tinybert_has_every_layer_one_of_the_teachers_evenly_spaced(where, layers, of):
-    """g(m) = m N / M, from m = 0, the embeddings, whose map is their own."""
-    (_, embeddings), (_, hidden), (_, scores) = losses(where)
+@pytest.mark.parametrize(
+    ("where", "layers", "of", "maps"), [("tinybert", 3, 6, [False]), (PUBLISHED / "tinybert.yaml", 4, 12, [True, True])]
+)
+def test_tinybert_has_every_layer_one_of_the_teachers_evenly_spaced(where, layers, of, maps):
+    """g(m) = m N / M, from m = 0, the embeddings; where the student is narrower their map is their own."""
+    *hidden, scores = (loss for _, loss in losses(where))
     every = [(m - 1, m * of // layers - 1) for m in range(1, layers + 1)]
-    assert hidden.pairs == scores.pairs == every and embeddings.pairs == [("embeddings", "embeddings")]
-    assert embeddings.project and hidden.project and (hidden.kind, hidden.position) == ("mse", "all")
+    assert [pair for loss in hidden for pair in loss.pairs] == [("embeddings", "embeddings"), *every]
+    assert scores.pairs == every and [loss.project for loss in hidden] == maps
+    assert all((loss.kind, loss.position) == ("mse", "all") for loss in hidden)
 
 
 @pytest.mark.parametrize("where", ["distilbert", PUBLISHED / "distilbert.yaml"])

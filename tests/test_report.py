@@ -291,12 +291,19 @@ def test_pictures_are_png_files_that_the_report_links(reported):
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in linked)
 
 
-def test_every_term_of_a_loss_has_a_line(tmp_path, monkeypatch):
+def test_every_term_of_a_loss_has_a_look_of_its_own(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_line", lambda panel, log, value, colour, label, **_: drawn.append((colour, label)))
+    monkeypatch.setattr(plots, "_line", lambda panel, log, value, *look, **_: drawn.append(look))
     monkeypatch.setattr(plots, "_legend", lambda panel: None)
-    plots.training(tmp_path / "x.png", "stage", [[entry(1), entry(2)]])
-    assert len({colour for colour, label in drawn if "relation_kl" in label}) == 2
+    log = [entry(step, terms={f"hidden.layer_{n}": 1.0 for n in range(9)}) for step in (1, 2)]
+    plots.training(tmp_path / "x.png", "stage", [log])
+    assert len({(colour, *dash) for colour, label, *dash in drawn if "hidden" in label}) == 9
+
+
+@pytest.mark.parametrize(("small", "scale"), [(0.5, "linear"), (0.01, "log"), (0.0, "linear")])
+def test_terms_far_apart_are_drawn_on_a_logarithmic_axis(small, scale):
+    log = [entry(step, terms={"hidden": small, "attention_mse": 2.0}) for step in (1, 2)]
+    assert plots._far_apart(log) == (scale == "log")
 
 
 # Model cards

@@ -6,9 +6,11 @@ from pathlib import Path
 from statistics import median
 
 from distill.report.canvas import COLOURS, LINES, figure
-from distill.report.curves import race
+from distill.report.curves import DASHES, race
 
 SMOOTH = 20  # steps of the running median behind which single steps are faint
+LOOKS = [(colour, dash) for dash in DASHES for colour in LINES]  # of the terms of a loss, of which there may be many
+APART = 10  # times: terms so far from each other are drawn on a logarithmic axis, or the small ones would lie at zero
 
 
 def draw(run: Path, report: dict, logs: dict[str, list[list[dict]]]) -> dict[str, str]:
@@ -66,9 +68,11 @@ def training(path: Path, stage: str, logs: list[list[dict]]) -> None:
     seeds = [[entry for entry in log if "terms" in entry] for log in logs]  # without the evaluation before the first
     terms = list(seeds[0][0]["terms"])
     with figure(path, 4, width=3.6, height=2.9, columns=2) as (loss, rate, norm, speed):
-        for colour, term in zip(LINES * len(terms), terms, strict=False):
+        for (colour, dash), term in zip(LOOKS * len(terms), terms, strict=False):
             for log in seeds:
-                _line(loss, log, lambda entry, term=term: entry["terms"].get(term), colour, term, smooth=True)
+                _line(loss, log, lambda entry, term=term: entry["terms"].get(term), colour, term, dash, smooth=True)
+        if _far_apart(seeds[0]):
+            loss.set_yscale("log")
         for log in logs:
             _line(loss, log, lambda entry: entry.get("heldout"), "#222222", "held-out")
         for log in seeds:
@@ -78,6 +82,7 @@ def training(path: Path, stage: str, logs: list[list[dict]]) -> None:
         labels = ("loss, mean of a step", "learning rate", "gradient norm", "tokens/s")
         for panel, label in zip((loss, rate, norm, speed), labels, strict=True):
             panel.set_xlabel("step")
+            panel.xaxis.get_major_locator().set_params(integer=True)
             panel.set_ylabel(label)
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
         rate.yaxis.get_offset_text().set_size(8)
@@ -90,17 +95,22 @@ def training(path: Path, stage: str, logs: list[list[dict]]) -> None:
         loss.set_title(stage if len(seeds) == 1 else f"{stage}, {len(seeds)} seeds", fontsize=8, color="#555555")
 
 
-def _line(panel, log: list[dict], value, colour: str, label: str, smooth: bool = False) -> None:
+def _far_apart(log: list[dict]) -> bool:
+    usual = [median(entry["terms"].get(term, first) for entry in log) for term, first in log[0]["terms"].items()]
+    return min(usual) > 0 and max(usual) > APART * min(usual)
+
+
+def _line(panel, log: list[dict], value, colour: str, label: str, dash="-", smooth: bool = False) -> None:
     """The values over steps; with `smooth`, faint, and their running median in front."""
     points = [(entry["step"], v) for entry in log if (v := value(entry)) is not None]
     if not points:
         return
     steps, values = zip(*points, strict=True)
     smooth = smooth and len(values) >= 2 * SMOOTH
-    panel.plot(steps, values, color=colour, lw=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1.0,
-               label=None if smooth else label)  # fmt: skip
+    panel.plot(steps, values, color=colour, lw=0.8 if smooth else 1.4, ls="-" if smooth else dash,
+               alpha=0.3 if smooth else 1.0, label=None if smooth else label)  # fmt: skip
     if smooth:
-        panel.plot(steps, _running_median(values), color=colour, lw=1.4, label=label)
+        panel.plot(steps, _running_median(values), color=colour, lw=1.4, ls=dash, label=label)
 
 
 def _running_median(values: tuple[float, ...]) -> list[float]:
@@ -111,4 +121,4 @@ def _running_median(values: tuple[float, ...]) -> list[float]:
 
 def _legend(panel) -> None:
     handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))  # one entry for all seeds
-    panel.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
+    panel.legend(handles.values(), handles.keys(), framealpha=0.8, edgecolor="none", fontsize=8)  # lines shine through

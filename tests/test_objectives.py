@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,18 +17,26 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distill.heads import Logits
 from distill.objectives import (
     OBJECTIVES,
     RANKING,
     CrossEntropy,
     RelationKL,
+    aligned,
+    attention_mse,
     cross_entropy,
+    divergence,
+    hidden,
+    margin_mse,
     relation_kl,
     scored,
     token_sum,
 )
 from distill.objectives import relation_blocks as blocks
 from distill.objectives.known import known
+from distill.objectives.span_sum import Predicted
+from growth.errors import UserError
 
 HEADS, TEACHER, STUDENT = 3, 12, 6
 PACKED = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 0], [1] * 11, [2, 2, 1, 1, 2, 2, 0, 0, 1, 1, 3]])
@@ -406,6 +416,51 @@ def test_recipes_need_no_torch():
         "attention_mse",
         *RANKING,
     }
+
+
+# Plain functions, in loops that are not ours
+
+X, Y, SEEN = draw(2, 5, 12), draw(2, 5, 8), torch.ones(2, 5, dtype=torch.long)
+Q, K = draw(2, 4, 5, 3), draw(2, 2, 5, 3)  # [B, H, T, d]; grouped keys
+SCORED = [draw(4), draw(4, 2), draw(4), draw(4, 2)]
+NO_SPANS = [Predicted(Logits(Y[0]), torch.arange(5), torch.arange(5))] * 2
+MISTAKEN = [
+    (partial(relation_kl, X, Y, SEEN, 5), "heads=5 does not divide the teacher's width 12; 4, 2, 1 do"),
+    (partial(relation_kl, X, Y, SEEN, 12), "heads=12 does not divide the student's width 8; 4, 2, 1 do"),
+    (partial(relation_kl, X, Y, SEEN, 0), "heads=0 does not divide the teacher's width 12; 1 does"),
+    (partial(relation_kl, X, Y, SEEN[:, :4], 4), "segments is [2, 4], teacher is [2, 5, 12]"),
+    (partial(relation_kl, X[:, :4], Y, SEEN, 4), "teacher is [2, 4, 12], student is [2, 5, 8]"),
+    (partial(relation_kl, X, Y, SEEN[:, None, None], 4), "segments are [B, T]"),
+    (partial(relation_kl, (X, Y), (X, X), SEEN, 4), "the teacher's two tensors are 12 and 8 wide"),
+    (partial(relation_kl, X, Y, SEEN, 4, window=0), "window=0: a token sees itself at least"),
+    (partial(relation_kl, X, Y, SEEN, 4, reduction="mean"), "no reduction 'mean'; there are sample, token"),
+    (partial(relation_kl, X, Y, SEEN, 4, how="blocs"), "no form 'blocs'; did you mean 'blocks'?"),
+    (partial(attention_mse, (Q, K), (K, K), SEEN), "teacher is [2, 4, 5, 3], student is [2, 2, 5, 3]"),
+    (partial(hidden, X, Y, SEEN), "teacher is [2, 5, 12], student is [2, 5, 8]"),
+    (partial(hidden, X, X, SEEN[:, :4]), "segments is [2, 4]"),
+    (partial(hidden, X, X, SEEN, kind="cos"), "no kind 'cos'; did you mean 'cosine'?"),
+    (partial(hidden, X, X, SEEN, position="last"), "no position 'last'; there are first, mean, all"),
+    (partial(hidden, X, X, SEEN, reduction="none"), "no reduction 'none'"),
+    (partial(divergence, X[0, :4], X[0]), "student has 4, teacher has 5"),
+    (partial(divergence, X[0], X[1], reduction="batchmean"), "no reduction 'batchmean'; did you mean 'mean'?"),
+    (partial(divergence, X[0], X[1], temperature=0.0), "temperature=0 must be above 0"),
+    (partial(cross_entropy, X[0], torch.arange(6)), "logits has 5, targets has 6"),
+    (partial(margin_mse, *SCORED, reduction="none"), "no reduction 'none'; there are mean, sum"),
+    (partial(aligned, *NO_SPANS, kind="share"), "no kind 'share'; did you mean 'shared'?"),
+]
+
+
+@pytest.mark.parametrize(("loss", "said"), MISTAKEN)
+def test_what_would_be_computed_wrongly_without_a_word_is_refused(loss, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        loss()
+
+
+def test_grouped_keys_stand_beside_their_queries():
+    repeated = K.repeat_interleave(2, 1)
+    assert_same(relation_kl((Q, K), (Q, K), SEEN, 6), torch.zeros((), dtype=torch.float64))
+    assert_same(relation_kl((Q, K), (Q * 2, K), SEEN, 6), relation_kl((Q, repeated), (Q * 2, repeated), SEEN, 6))
+    assert_same(attention_mse((Q, K), (Q * 2, K), SEEN), attention_mse((Q, repeated), (Q * 2, repeated), SEEN))
 
 
 # Known gradients

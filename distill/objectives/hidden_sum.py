@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.objectives.given import one_of, placed, wrong_shapes
 from distill.objectives.segments import sequences
 
 
@@ -17,8 +18,15 @@ def hidden(
     reduction: str = "mean",
 ) -> Tensor:
     """The mean over documents (`first` and `mean` of their tokens) or tokens (`all`); zero where there are none."""
+    one_of("kind", kind, ("mse", "cosine"))
+    one_of("position", position, ("first", "mean", "all"))
+    if kind == "mse":
+        one_of("reduction", reduction, ("mean", "sum"))
+    placed(segments, teacher=teacher, student=student)
+    if teacher.shape != student.shape:
+        raise wrong_shapes("states are of one width; a linear map serves between two", teacher=teacher, student=student)
     total = hidden_sum(teacher, student, segments, kind, position, reduction)
-    return total / hidden_count(segments, position).clamp_min(1)
+    return total / hidden_count(segments, position).clamp_min(1).to(total.dtype)
 
 
 def hidden_sum(teacher: Tensor, student: Tensor, segments: Tensor, kind: str, position: str, reduction: str) -> Tensor:

@@ -9,13 +9,14 @@ definition. Float32 inside, float64 for float64; teachers get no gradient.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.objectives.score_lists import alike, kept, mask_of, mask_of_lists, rows_of, wide, wrong_shapes
+from distill.objectives.given import one_of, wrong_shapes
+from distill.objectives.score_lists import alike, kept, mask_of, mask_of_lists, rows_of, wide
 
 Reduction = Literal["mean", "sum"]
 HIDDEN = -1e30  # a score that no softmax sees; not minus infinity, for a row may have nothing else
@@ -175,6 +176,7 @@ def in_batch_count(positive: Tensor, own: Tensor) -> Tensor:
 
 
 def _reduced(values: Tensor, count: Tensor, reduction: Reduction) -> Tensor:
+    one_of("reduction", reduction, get_args(Reduction))
     total = values.sum(dtype=torch.float64)
     total = total / count.clamp(min=1) if reduction == "mean" else total
     return total.to(values.dtype)

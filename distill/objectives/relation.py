@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distill.objectives import layers
+from distill.objectives.given import divisors
 from distill.objectives.layers import Layer
 from distill.objectives.protocol import Needs
 from distill.schedules import Schedule, Several, Value
@@ -104,11 +105,11 @@ class RelationKL(Value):
         """What would do for this relation, and if its number is that of others, for all of them."""
         own, heads = math.gcd(*every[relation].values()), self.heads_of(relation)
         if isinstance(self.heads, dict) or len(every) == 1:
-            return _divisors(own, heads)
+            return divisors(own, heads)
         each = ", ".join(f"{r}: {_nearest(math.gcd(*sides.values()), heads)}" for r, sides in every.items())
         together = math.gcd(*(width for sides in every.values() for width in sides.values()))
         apart = any(math.gcd(*sides.values()) % heads == 0 for sides in every.values())
-        return _divisors(together, heads) + (f", or one number a relation, heads: {{{each}}}" if apart else "")
+        return divisors(together, heads) + (f", or one number a relation, heads: {{{each}}}" if apart else "")
 
     def count(self, batch) -> dict:
         from distill.objectives.relation_sum import relation_count
@@ -128,10 +129,10 @@ class RelationKL(Value):
 
 def related(relation: str, sides: tuple, problems, heads: int | None, reduction="sample", measure="kl"):
     """The sum of a relation of two sides, each a trace and a layer of it; `heads` None: the models' own."""
-    from distill.objectives.relation_sum import relation_sum
+    from distill.objectives.relation_sum import beside, relation_sum
     from distill.objectives.segments import Sight
 
-    tapped = [_tapped(trace, layer, relation) for trace, layer in sides]
+    tapped = [beside(*(trace.taps[role, layer] for role in roles(relation))) for trace, layer in sides]
     own = relation == "attention"
     windows = [trace.window[layer] for trace, layer in sides if own]
     return relation_sum(
@@ -207,18 +208,3 @@ def _widths(facts, relation: str) -> tuple[int, int]:
 
 def _nearest(width: int, heads: int) -> int:
     return next(n for n in range(heads, 0, -1) if width % n == 0)
-
-
-def _divisors(width: int, heads: int) -> str:
-    """The counts nearest below `heads` that would do."""
-    fitting = [str(n) for n in range(heads - 1, 0, -1) if width % n == 0][:4]
-    return f"{', '.join(fitting)} {'do' if len(fitting) > 1 else 'does'}"
-
-
-def _tapped(trace, layer: int, relation: str) -> tuple:
-    """Both sides of a relation [B, H, T, d]; beside queries, grouped keys and values are repeated for them."""
-    left, right = (trace.taps[role, layer] for role in roles(relation))
-    heads = max(left.shape[1], right.shape[1])
-    if left.shape[1] == right.shape[1]:
-        return left, right
-    return tuple(x.repeat_interleave(heads // x.shape[1], 1) for x in (left, right))

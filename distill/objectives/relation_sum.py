@@ -6,14 +6,16 @@ softmax, dKL/dZ = Q - P =: G, so dL = G R / sqrt(d) and dR = G^T L / sqrt(d): su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from distill.objectives import relation_blocks
+from distill.objectives.given import divisors, one_of, placed, wrong_shapes
 from distill.objectives.known import known
 from distill.objectives.segments import Form, Group, Sight, groups, sequences
 from growth.errors import UserError
@@ -43,7 +45,9 @@ def relation_kl(
     and heads. `scaling` (teacher, student) replaces 1 / sqrt(head width). Float32 inside (float64 for float64); the
     teacher gets no gradient. `how`: "fused", one kernel of Triton's on a GPU; "blocks", anywhere; "auto", what fits.
     """
-    sides, sight = (_pair(teacher), _pair(student)), Sight(causal, window)
+    sides, sight = _sides(teacher, student, segments, heads, window), Sight(causal, window)
+    one_of("reduction", reduction, ("sample", "token"))
+    one_of("form", how, get_args(How))
     total = relation_sum(*sides, groups(segments), heads, sight=sight, reduction=reduction, scaling=scaling, how=how)
     return _mean(total, segments, reduction)
 
@@ -62,8 +66,12 @@ def attention_mse(
     Queries and keys [B, heads, T, head] of both, of as many heads; `segments`, `causal`, `window` and `scaling` as
     above. The mean over sequences of the mean square over heads, tokens and the tokens that they see.
     """
+    if teacher[0].dim() != 4 or teacher[0].shape[:3] != student[0].shape[:3]:
+        raise wrong_shapes("queries are [B, heads, T, head], of as many heads", teacher=teacher[0], student=student[0])
+    heads = student[0].shape[1]
+    sides = _sides(teacher, student, segments, heads, window)
     how = {"sight": Sight(causal, window), "reduction": "sample", "scaling": scaling, "measure": "mse"}
-    return _mean(relation_sum(teacher, student, groups(segments), student[0].shape[1], **how), segments, "sample")
+    return _mean(relation_sum(*sides, groups(segments), heads, **how), segments, "sample")
 
 
 def _mean(total: Tensor, segments: Tensor, reduction: str) -> Tensor:
@@ -117,8 +125,31 @@ def _solver(how: How, teacher: Pair, student: Pair, form: Form) -> Callable:
     return relation_blocks.solve
 
 
-def _pair(x: Tensor | Pair) -> Pair:
-    return (x, x) if isinstance(x, Tensor) else x
+def _sides(
+    teacher: Tensor | Pair, student: Tensor | Pair, segments: Tensor, heads: int, window: int | None
+) -> tuple[Pair, Pair]:
+    """Both models' pairs; refused, with what would do, where they cannot be related."""
+    pairs = [(x, x) if isinstance(x, Tensor) else beside(*x) for x in (teacher, student)]
+    for theirs, ours in zip(*pairs, strict=True):
+        placed(segments, teacher=theirs, student=ours)
+    widths = [[x.shape[-1] * (x.shape[1] if x.dim() == 4 else 1) for x in pair] for pair in pairs]
+    for name, (left, right) in zip(("teacher", "student"), widths, strict=True):
+        if left != right:
+            raise UserError(f"the {name}'s two tensors are {left} and {right} wide; they need one width")
+        if heads < 1 or left % heads:
+            works = divisors(math.gcd(*(width for pair in widths for width in pair)), heads)
+            raise UserError(f"heads={heads} does not divide the {name}'s width {left}; {works}")
+    if window is not None and window < 1:
+        raise UserError(f"window={window}: a token sees itself at least, which is 1")
+    return tuple(pairs)
+
+
+def beside(left: Tensor, right: Tensor) -> Pair:
+    """Grouped keys and values [B, Hkv, T, d] are repeated for the queries [B, H, T, d] beside them."""
+    if left.dim() == 3 or right.dim() == 3:
+        return left, right
+    heads = max(left.shape[1], right.shape[1])
+    return tuple(x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (left, right))
 
 
 def _tokens(pair: Pair) -> Pair:

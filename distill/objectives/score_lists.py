@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.objectives.given import wrong_shapes
 from growth.errors import UserError
 
 
@@ -69,7 +70,3 @@ def rows_of(scores: Tensor, positive: Tensor) -> Tensor:
 def alike(**tensors: Tensor) -> None:
     if len({x.shape for x in tensors.values()}) > 1:
         raise wrong_shapes("scores are never broadcast, their shapes must be equal", **tensors)
-
-
-def wrong_shapes(rule: str, **tensors: Tensor) -> UserError:
-    return UserError(f"{rule}: " + ", ".join(f"{name} is {list(x.shape)}" for name, x in tensors.items()))

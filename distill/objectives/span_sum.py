@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.heads import Logits
+from distill.objectives.given import one_of
 from distill.objectives.token_sum import against_labels, scored, token_sum
 from distill.refine.likelihood import log_probabilities
 
@@ -53,6 +54,7 @@ class Heard(NamedTuple):
 
 def aligned(student: Predicted, teacher: Predicted, kind: str = "likelihood", temperature: float = 1.0, shared=None):
     """Mean over the spans that both sides have; 0 without any. See `Aligned` for the kinds."""
+    one_of("kind", kind, ("likelihood", "shared", "sorted"))
     count = span_count(student.spans, teacher.spans).clamp(min=1)
     total = aligned_sum(student, teacher, kind, temperature, shared)
     return total / count.to(total.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill.heads import Logits, Mixture, add_product
 from distill.objectives.divergences import distribution, kind_of
+from distill.objectives.given import one_of
 from distill.objectives.known import known, softmax_rows
 from distill.objectives.sparse import Sparse
 from growth.errors import UserError
@@ -57,6 +58,7 @@ def sequence_means(segments: Tensor, rows: Tensor) -> tuple[Tensor, int]:
 
 def cross_entropy(logits: Tensor | Logits, targets: Tensor) -> Tensor:
     """Mean cross-entropy of rows against targets [N]; 0 without rows. Float32 inside, whatever they are."""
+    _as_many(logits=_logits(logits).rows, targets=len(targets))
     return cross_entropy_sum(logits, targets) / max(len(targets), 1)
 
 
@@ -89,12 +91,16 @@ def divergence(
     """
     if ce and targets is None:
         raise UserError("cross-entropy (ce) needs targets, the labels of the rows")
+    one_of("reduction", reduction, ("mean", "sum"))
+    if temperature <= 0:
+        raise UserError(f"temperature={temperature:g} must be above 0")
     student, made = _logits(student), kind_of(kind, beta, alpha)
     if isinstance(teacher, Sparse):
         student = _reading(student, teacher.vocabulary)
         teacher, loss = None, teacher.against(made, temperature, temperature_squared)
     else:
         teacher, loss = _logits(teacher), against_teacher(made, temperature, temperature_squared)
+        _as_many(student=student.rows, teacher=teacher.rows)
     if ce:
         loss = both(loss, against_labels(targets), ce)
     total = token_sum(student, teacher, loss, weights)
@@ -209,6 +215,11 @@ def weighted(first: RowLoss, weights: Tensor) -> RowLoss:
 
 def _logits(given: Tensor | Logits | Mixture) -> Logits | Mixture:
     return Logits(given) if isinstance(given, Tensor) else given
+
+
+def _as_many(**rows: int) -> None:
+    if len(set(rows.values())) > 1:
+        raise UserError("both sides have as many rows: " + ", ".join(f"{name} has {n}" for name, n in rows.items()))
 
 
 def _reading(student: Logits, vocabulary: int) -> Logits:

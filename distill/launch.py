@@ -2,7 +2,7 @@
 
 Each child gets the variables that launchers set, and a file through which the ranks meet (no port to collide on). A
 signal to the parent reaches every child; when one fails the others end within seconds. One that hangs and does not
-fail is noticed by those that wait for it, after the 30 minutes that `world.start` gives the process group.
+fail is named and ended by those that wait for it (`distill.watch`).
 """
 
 from __future__ import annotations

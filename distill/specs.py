@@ -30,6 +30,9 @@ class EngineSpec(Value):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = Field(
         None, description="how student and teachers attend, flash with padded rows; null: as transformers chooses"
     )
+    timeout: Annotated[float, Field(ge=5)] | None = Field(
+        45, description="seconds that others wait for a rank that hangs, on one machine; null: as long as it takes"
+    )
     deepspeed: dict[str, Any] = Field({}, description="passed through to DeepSpeed's configuration")
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import recipe as recipes
-from distill import strict_yaml, world
+from distill import strict_yaml, watch, world
 from distill.changes import changes, in_short
 from distill.context import MANIFEST, Context, Task, Work
 from distill.inputs import collections_of, corpora_of, inputs_of, versions
@@ -55,8 +55,9 @@ def run(
         world.first(lambda: _mark(tasks, start_from, fresh))
         for task in tasks:
             _foresee(task, work)
-        for task in tasks:
-            _do(task, tasks, work)
+        with world.watched(recipe.engine.timeout):  # what comes from the network is here by now
+            for task in tasks:
+                _do(task, tasks, work)
     if any(stage.kind == "evaluate" for stage in recipe.stages):
         world.first(lambda: work.report(out))
 
@@ -196,6 +197,7 @@ def _manifest(task: Task) -> dict[str, Any] | None:
 
 
 def _do(task: Task, tasks: list[Task], work: Work) -> None:
+    watch.at(task.name)
     _prepare(task)
     world.first(lambda: _open(task, tasks))
     if _manifest(task)["state"] == DONE:

@@ -9,15 +9,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import TypeVar
 
+from distill import watch
 from growth.errors import UserError
 
 T = TypeVar("T")
-FAILED = "stopped: another rank failed, its message stands above"
+FAILED = "stopped: another rank failed; what it had to say stands above"
 LOST = re.compile(r"Connection (reset|closed)|Broken pipe|Timed out waiting")  # gloo's words
+COLLECTIVES = timedelta(minutes=30)  # of DeepSpeed, that all ranks come to at about the same time
+AGREEMENTS = timedelta(days=1)  # ours: one rank may have hours of work alone while the others wait for it
 STORE = "DISTILL_STORE"  # a file that the ranks of `distill run --ranks N` meet through: no port to collide on
 
 
@@ -40,8 +43,12 @@ def device():
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+_agreements = None  # the group for them; None: of whoever joined the process group before us
+
+
 def start() -> None:
     """Join the process group: a launcher's, the one of `DISTILL_STORE`, or a group of one. Once is enough."""
+    global _agreements
     import torch
     import torch.distributed as dist
 
@@ -62,17 +69,21 @@ def start() -> None:
         store=store,
         rank=rank(),
         world_size=size(),
-        timeout=timedelta(minutes=30),
+        timeout=COLLECTIVES,
     )
+    if size() > 1:
+        _agreements = dist.new_group(backend="gloo", timeout=AGREEMENTS)
     atexit.register(leave)
 
 
 def leave() -> None:
     """Out of the group. Left to the interpreter's end, gloo's threads outlive it and one process in ten aborts."""
+    global _agreements
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+        _agreements = None
 
 
 def leave_at_once(end: SystemExit) -> None:
@@ -106,7 +117,8 @@ def agree(*values: float) -> list[float]:
 
     start()
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
+    with watch.meeting():
+        dist.all_reduce(total, group=_agreements)
     return total.tolist()
 
 
@@ -116,7 +128,8 @@ def total(tensor):
         import torch.distributed as dist
 
         start()
-        dist.all_reduce(tensor)
+        with watch.meeting():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -128,7 +141,8 @@ def told(value: T) -> T:
 
         start()
         said = [value]
-        dist.broadcast_object_list(said, device=torch.device("cpu"))
+        with watch.meeting():
+            dist.broadcast_object_list(said, group=_agreements, device=torch.device("cpu"))
         (value,) = said
     return value
 
@@ -141,7 +155,8 @@ def gathered(value: T) -> list[T]:
 
     start()
     said: list = [None] * size()
-    dist.all_gather_object(said, value)
+    with watch.meeting():
+        dist.all_gather_object(said, value, group=_agreements)
     return said
 
 
@@ -175,6 +190,11 @@ def raise_together(failure: BaseException | None) -> None:
         raise failure
     if failed:
         raise UserError(FAILED)
+
+
+def watched(patience: float | None):
+    """Inside, a rank that does nothing for `patience` seconds while the others wait for it ends the job."""
+    return watch.over(rank(), gathered, patience) if size() > 1 else nullcontext()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,13 +264,14 @@ def ensure_space(path: str | Path, needed: int, what: str) -> None:
         raise UserError(f"{what} needs {size(needed)} ({needed} bytes) at {path}, {size(free)} ({free} bytes) are free")
 
 
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 _passed: dict[str, int] = {}
 
 
 def fault(point: str) -> None:
-    """A place where a test makes things break: `FAULT=point:kill|term|raise|enospc[:nth]`; nothing when unset.
+    """A place where a test makes things break: `FAULT=point:kill|stop|term|hang|raise|enospc[:nth]`.
 
-    With `FAULT_RANK` in that one of many processes alone.
+    With `FAULT_RANK` in that one of many processes alone. Nothing when unset.
     """
     wanted = os.environ.get("FAULT")
     if not wanted or not wanted.startswith(f"{point}:"):
@@ -283,11 +285,11 @@ def fault(point: str) -> None:
 
 
 def _break(point: str, how: str) -> None:
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if how == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if how in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[how])
         return
+    while how == "hang":
+        time.sleep(3600)
     if how == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
     raise RuntimeError(f"fault at {point}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill import changes, world
+from distill import changes, watch, world
 from growth.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -153,6 +153,7 @@ class Engine:
             self.load_state(lambda name, key: exact.pop(name) if key == "master" else None, lambda phases: 0)
 
     def __call__(self, *args):
+        watch.part()
         return self.engine(*args)
 
     @property
@@ -161,6 +162,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """`loss` is this rank's share of the global mean; DeepSpeed divides by ranks and accumulation, undone here."""
+        watch.part()
         self.engine.backward(loss * (world.size() * self.accumulation))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # between micro-batches this only counts
@@ -170,6 +172,7 @@ class Engine:
 
         In a `phase`, parameters of other phases stay as they are.
         """
+        watch.part()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
             group["sits_out"] = phase is not None and group["phases"] is not None and phase not in group["phases"]
@@ -321,6 +324,7 @@ class Engine:
         return next(high for lows, highs in pairs for low, high in zip(lows, highs, strict=True) if low is p)
 
     def _get(self, p: nn.Parameter, key: str) -> Tensor:
+        watch.part()
         slot = None if key == "master" else key
         if slot and not self._base.state:
             return torch.zeros(p.ds_shape if self.stage == 3 else p.shape)

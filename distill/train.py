@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distill import extent, hooks, memory, projections, snapshot, sources, world
+from distill import extent, hooks, memory, projections, snapshot, sources, watch, world
 from distill.attention import choose
 from distill.changes import flat
 from distill.cost import as_much_as
@@ -45,6 +45,7 @@ class Terminated(SystemExit):
 def train(spec, context, directory: Path) -> dict:
     """Run or resume the stage in `directory`; writes start/, snapshots/, log.jsonl and model/, returns its metrics."""
     world.start()
+    watch.at(f"{directory.name}, loading")
     memory.forget_peak()
     return Stage(spec, context, directory).run()
 
@@ -179,6 +180,7 @@ class Stage:
         write_text(self.log, "")
 
     def _save(self, engine: Engine, spent: Spent) -> None:
+        watch.at(f"{self.directory.name}, snapshot of step {spent.step}")
         fault("train.save")
         about = {"cursor": {**asdict(spent), "position": self._position(spent.step)}, "overridden": self.overridden}
         parent, beside = self.directory / "snapshots", self.targets.state() | self.sparse.state(engine)
@@ -194,6 +196,7 @@ class Stage:
             if self.heldout and spent.step == 0:
                 print(json.dumps({**asdict(spent), "heldout": self.heldout(engine)}), file=log, flush=True)
             while spent.step < self.steps:
+                watch.at(f"{self.directory.name}, step {spent.step + 1}")
                 fault("train.step")
                 entry, stop = self._step(engine, spent, stopped)
                 spent = Spent.of(entry)
@@ -295,6 +298,7 @@ class Stage:
             )
 
     def _export(self, engine: Engine) -> None:
+        watch.at(f"{self.directory.name}, export")
         fault("train.export")
         beside = self.sparse.beside(engine)
         trained = {name: tensor for name, tensor in engine.state("master") if world.rank() == 0}

@@ -216,7 +216,12 @@ def test_sts_is_the_rank_correlation_with_the_file(place, tmp_path):
     pairs = [{"text_a": texts[i], "text_b": texts[i + 12], "score": place} for place, i in enumerate(gold)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     on = [{"sts": {"source": str(tmp_path / "pairs.jsonl")}}]
-    assert value(measure(place, on, {"one": "one"}, tmp_path)["one"], "sts") == pytest.approx(1)
+    rows = measure(place, on, {"one": "one", "untrained": "other"}, tmp_path)
+    assert value(rows["one"], "sts") == pytest.approx(1)
+    (told,) = json.loads((tmp_path / RESULT).read_text())["comparisons"]
+    assert (told["row"], told["against"], told["measure"]) == ("one", "untrained", "STS")
+    assert (told["items"], told["of"]) == (12, "pairs") and told["low"] < told["difference"] < told["high"]
+    assert told["difference"] == pytest.approx(1 - value(rows["untrained"], "sts"))
 
 
 @pytest.fixture

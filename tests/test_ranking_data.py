@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from distill import scores
 from distill.corpus import stdlib
@@ -818,7 +819,7 @@ def test_identical_systems_differ_by_chance_alone():
     for n in (3, 40):
         values = {str(i): i / n for i in range(n)}
         told = significance.compare(values, dict(values))
-        assert (told.difference, told.p, told.low, told.high, told.queries) == (0, 1, 0, 0, n)
+        assert (told.difference, told.p, told.low, told.high, told.items) == (0, 1, 0, 0, n)
 
 
 @given(st.lists(st.floats(-1, 1, width=16), min_size=1, max_size=40), st.integers(0, 3))
@@ -854,6 +855,34 @@ def test_p_is_even_when_nothing_differs_and_small_when_all_does():
     chance = [significance.randomisation(rng.normal(size=30), 400, seed)[0] for seed in range(200)]
     assert 0.4 < np.mean(chance) < 0.6 and np.mean(np.array(chance) < 0.05) < 0.1
     assert significance.randomisation(np.full(30, 0.1), 999)[0] == 1 / 1000
+
+
+def test_correlations_are_compared_by_their_mean_difference_over_seeds():
+    """Against plain loops over scipy; ties included."""
+    rng = np.random.default_rng(3)
+    gold = rng.integers(0, 6, size=60).astype(float)
+    near, far = ([gold + rng.normal(scale=scale, size=60) for _ in range(2)] for scale in (1.0, 3.0))
+    told = significance.compare_correlations(near, far, gold, rounds=4000)
+    assert told.difference == pytest.approx(
+        np.mean([spearmanr(a, gold)[0] - spearmanr(b, gold)[0] for a, b in zip(near, far, strict=True)])
+    )
+    drawn = []
+    for _ in range(1000):
+        items = rng.integers(0, 60, size=60)
+        drawn += [np.mean([spearmanr(a[items], gold[items])[0] - spearmanr(b[items], gold[items])[0]
+                           for a, b in zip(near, far, strict=True)])]  # fmt: skip
+    assert (told.low, told.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.05)
+    assert told.p < 0.01 and (told.items, told.of) == (60, "pairs")
+
+
+def test_equal_correlations_differ_by_chance_alone():
+    rng, gold = np.random.default_rng(4), np.arange(40.0)
+    same = significance.compare_correlations([gold], [gold + 0.1], gold, rounds=99)
+    assert (same.difference, same.p, same.low, same.high) == (0, 1, 0, 0)
+    noisy = [[[gold + rng.normal(scale=20, size=40)] for _ in range(2)] for _ in range(100)]
+    chance = [significance.compare_correlations(one, other, gold, rounds=200).p for one, other in noisy]
+    assert 0.35 < np.mean(chance) < 0.65 and np.mean(np.array(chance) < 0.05) < 0.12
+    assert significance.compare_correlations([np.zeros(40)], [gold], gold, rounds=50).difference == -1  # ranks nothing
 
 
 def test_systems_on_other_queries_are_not_compared():

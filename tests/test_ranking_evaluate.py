@@ -233,7 +233,7 @@ def test_rows_are_compared_query_by_query_with_those_below_them(place, found):
     assert (pair["difference"], pair["p"], pair["low"], pair["high"]) == pytest.approx(
         (expected.difference, expected.p, expected.low, expected.high)
     )
-    assert (pair["measure"], pair["queries"], pair["exact"]) == ("nDCG@10", 12, True)
+    assert (pair["measure"], pair["items"], pair["exact"]) == ("nDCG@10", 12, True)
 
 
 def test_bm25_is_a_baseline_whatever_the_row_is_called_and_counts_no_parameters(place, found):
@@ -341,7 +341,7 @@ def test_the_report_says_how_far_rows_differ_and_how_sure_that_is(found, reporte
     text = (run / "report.md").read_text()
     said = f"student against bm25: nDCG@10 {pair['difference']:+.3f}"
     assert said in text and f"p {pair['p']:.2g}; 12 queries)" in text
-    assert "## Compared query by query" in text and "mean over 12 queries of mini (2 more have no answer)" in text
+    assert "## Compared item by item" in text and "mean over 12 queries of mini (2 more have no answer)" in text
     assert "| bm25 | - |" in text  # no parameters
 
 

@@ -1,7 +1,8 @@
 """What a checkpoint is worth: rows of models, columns of metrics, every number with its noise. No torch until it runs.
 
 A metric is a frozen value with `better`, `check(bench)` (whatever makes it impossible, before any model is loaded) and
-`measure(subjects, bench)` (a score or None for each). A new one is a file here and a line in `METRICS`.
+`measure(subjects, bench)` (a score or None for each). One that scores items also has `compare(one, other, bench)`: two
+rows, item by item. A new one is a file here and a line in `METRICS`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from distill.evaluate import machine
 from distill.evaluate.accuracy import Accuracy, MacroF1
@@ -22,6 +23,7 @@ from distill.evaluate.saving import Saving
 from distill.evaluate.score import Score
 from distill.evaluate.speed import Speed
 from distill.evaluate.sts import Sts
+from distill.ranking.significance import Comparison
 from distill.specs import BM25
 from growth.console import bar
 from growth.errors import UsageError, did_you_mean
@@ -39,6 +41,12 @@ class Metric(Protocol):
     def note(self, bench) -> str: ...
     def check(self, bench) -> None: ...
     def measure(self, subjects: Sequence, bench) -> Iterator[Score | None]: ...
+
+
+@runtime_checkable
+class Paired(Protocol):
+    def compare(self, one: Sequence, other: Sequence, bench) -> Comparison | None:
+        """Two rows, a subject for each seed, once both are measured."""
 
 
 OF_TEXT: dict[str, Metric] = {
@@ -97,7 +105,7 @@ def evaluate(spec, contexts: Sequence, directory: Path) -> list[dict]:
     result = {
         "metrics": {name: _described(metric, bench) for name, metric in metrics.items()},
         "rows": described,
-        "comparisons": bench.comparisons(rows, [row["name"] for row in described if row["role"] in BELOW]),
+        "comparisons": list(_compared(rows, described, metrics, bench)),
         **machine.facts(),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -187,6 +195,16 @@ def _measure(metrics: dict[str, Metric], rows: dict[str, list[tuple]], bench) ->
 def _described(metric: Metric, bench) -> dict:
     facts = {name: getattr(metric, name) for name in ("title", "better", "digits", "quality")}
     return {**facts, "note": metric.note(bench)}
+
+
+def _compared(rows: dict[str, list], described: list[dict], metrics: dict[str, Metric], bench) -> Iterator[dict]:
+    """Every row with those that others are compared with, by the first metric that can."""
+    metric = next((metric for metric in metrics.values() if isinstance(metric, Paired)), None)
+    below = [row["name"] for row in described if row["role"] in BELOW]
+    pairs = [(label, other) for label in rows for other in below if label != other]
+    for i, (label, other) in enumerate(pairs if metric else ()):
+        if (other, label) not in pairs[:i] and (found := metric.compare(rows[label], rows[other], bench)):
+            yield {"row": label, "against": other, "measure": metric.title, **dataclasses.asdict(found)}
 
 
 def _row(label: str, reference: str, teacher: str | None, seeds: list, metrics: dict, scores: dict) -> dict:

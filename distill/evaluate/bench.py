@@ -34,6 +34,7 @@ class Bench:
     def __init__(self, path: Path, teacher: Subject | None, rows: dict[str, str], context):
         self.path, self.teacher, self.rows, self.context = Path(path), teacher, rows, context
         self.predictions: dict[str, Tensor] = {}  # key of a subject -> the class it gives to every held-out row
+        self.similarities: dict[str, Tensor] = {}  # key of a subject -> the cosines of its pairs, float64 [N]
 
     @property
     def scratch(self) -> str | None:
@@ -49,10 +50,6 @@ class Bench:
 
     def begin(self, rows, directory: Path, seeds) -> None:
         """Nothing is made of all rows before they are measured."""
-
-    def comparisons(self, rows, against) -> list[dict]:
-        """Metrics of text tell their noise themselves."""
-        return []
 
     @cached_property
     def seen(self):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from distill.ranking import dense, measures, ordering, search, trec
 from distill.ranking.collection import Collection
 from distill.ranking.kinds import HEAD
 from distill.ranking.opening import Form, Opened, Pair, form_of, opened
-from distill.ranking.significance import compare
 from distill.ranking.trec import Run
 from distill.specs import BM25
 from growth import ranges
@@ -146,26 +145,6 @@ class Bench:
             scratch = directory / "vectors"
             return dense.run(subject.open(), self.collection.documents, self.asked, self.depth, scratch)
         return ordering.in_order(subject.open(), self.collection, self.candidates, subject.name)
-
-    def comparisons(self, rows: Mapping[str, Sequence[Subject]], against: Sequence[str]) -> list[dict]:
-        """Every row against these, by the first measure, paired over queries.
-
-        Of a row with several seeds each query has its mean.
-        """
-        if not self.measured:
-            return []
-        measure = self.measured[0]
-        means = {label: _mean([self.values(seed, measure) for seed in seeds]) for label, seeds in rows.items()}
-        pairs = [(label, other) for label in rows for other in against if label != other]
-        once = [pair for i, pair in enumerate(pairs) if pair[::-1] not in pairs[:i]]
-        return [
-            {"row": label, "against": other, "measure": measure, **asdict(compare(means[label], means[other]))}
-            for label, other in once
-        ]
-
-
-def _mean(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {query: sum(values[query] for values in seeds) / len(seeds) for query in seeds[0]}
 
 
 def _named(rows: Mapping[str, Sequence[Subject]], seeds: Sequence[int]) -> dict[Subject, list[str]]:

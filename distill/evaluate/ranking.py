@@ -12,6 +12,7 @@ from statistics import mean, stdev
 
 from distill.evaluate.score import Score
 from distill.evaluate.speed import in_turns
+from distill.ranking.significance import Comparison, compare
 
 
 class _OfRuns:
@@ -35,6 +36,11 @@ class _OfRuns:
         for subject in subjects:
             values = list(bench.values(subject, self.measured).values())
             yield Score(mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
+
+    def compare(self, one: Sequence, other: Sequence, bench) -> Comparison:
+        """Query by query; of a row with several seeds each query has its mean."""
+        found = ([bench.values(subject, self.measured) for subject in row] for row in (one, other))
+        return compare(*({query: mean(each[query] for each in seeds) for query in seeds[0]} for seeds in found))
 
 
 @dataclass(frozen=True)

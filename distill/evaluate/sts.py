@@ -15,6 +15,7 @@ from typing import Any
 from distill.corpus import sources
 from distill.evaluate.agreement import spearman
 from distill.evaluate.score import Score
+from distill.ranking.significance import Comparison, compare_correlations
 from growth.console import say
 from growth.errors import UserError
 from growth.files import parse_json
@@ -63,15 +64,29 @@ class Sts:
         else:
             one, other, gold = zip(*pairs, strict=True)
             for subject in subjects:
-                yield _correlation(subject.embed([*one, *other]), gold)
+                similarities = bench.similarities[subject.key] = _cosines(subject.embed([*one, *other]))
+                yield _correlation(similarities, gold)
+
+    def compare(self, one: Sequence, other: Sequence, bench) -> Comparison | None:
+        """By the similarities that `measure` found; of a row measured once every seed has the same."""
+        if (pairs := read(self.source, self.split)) is None:
+            return None
+        seeds = max(len(one), len(other))
+        found = ([bench.similarities[subject.key] for subject in row] * (seeds // len(row)) for row in (one, other))
+        return compare_correlations(*found, [gold for *_, gold in pairs])
 
 
-def _correlation(embeddings, gold: Sequence[float]) -> Score:
-    """Of the cosines of [2 N, D], the first N with the others; Bonett and Wright's (2000) standard error."""
+def _cosines(embeddings):
+    """Of the first N of [2 N, D] with the others, [N]."""
     import torch
 
     one, other = torch.nn.functional.normalize(embeddings.double()).chunk(2)
-    value = spearman((one * other).sum(1).numpy(), gold)
+    return (one * other).sum(1).numpy()
+
+
+def _correlation(similarities, gold: Sequence[float]) -> Score:
+    """With Bonett and Wright's (2000) standard error."""
+    value = spearman(similarities, gold)
     return Score(value, math.sqrt((1 + value**2 / 2) / (len(gold) - 3)) * (1 - value**2))
 
 

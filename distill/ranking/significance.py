@@ -1,4 +1,4 @@
-"""Whether one ranking is better than another, or the queries were kind to it: paired tests over queries. No torch.
+"""Whether one system is better than another, or the items were kind to it: paired tests over items. No torch.
 
 Smucker, Allan and Carterette (CIKM 2007) compare such tests for retrieval.
 """
@@ -24,14 +24,15 @@ class Comparison:
     p: float
     low: float
     high: float
-    queries: int
+    items: int
     exact: bool  # all sign patterns were counted, not drawn
+    of: str = "queries"  # what the items are
 
     def __str__(self) -> str:
         how = "exact" if self.exact else "drawn"
         return (
             f"{self.difference:+.4f} (p {self.p:.4g}, {how}; {LEVEL:.0%} interval {self.low:+.4f} to {self.high:+.4f}; "
-            f"{self.queries} queries)"
+            f"{self.items} {self.of})"
         )
 
 
@@ -44,6 +45,32 @@ def compare(one: Mapping[str, float], other: Mapping[str, float], *, rounds: int
     p, exact = randomisation(differences, rounds, seed)
     low, high = interval(differences, rounds, seed)
     return Comparison(float(differences.mean()), p, low, high, len(differences), exact)
+
+
+def compare_correlations(one, other, gold, *, rounds: int = ROUNDS, seed: int = 0) -> Comparison:
+    """Two systems by the rank correlation (Spearman) of their scores [S, n] with `gold` [n], a row for each seed.
+
+    Chance exchanges the ranks that the two give to an item; the interval draws items, which keep their ranks.
+    """
+    from scipy.stats import rankdata
+
+    rng, n = np.random.default_rng(seed), len(gold)
+    ranks, gold = rankdata([one, other], axis=-1), rankdata(gold)  # [2, S, n], [n]
+    observed, chance, drawn = float(_gain(ranks, gold)), [], []
+    for size in _blocks(ranks.size, rounds):
+        change, items = rng.random((size, n)) < 0.5, rng.integers(0, n, size=(size, n))
+        chance.append(_gain(np.where(change, ranks[::-1, :, None], ranks[:, :, None]), gold))
+        drawn.append(_gain(ranks[..., items], gold[items]))
+    extreme = int((np.abs(np.concatenate(chance)) >= abs(observed) - 1e-12).sum())
+    return Comparison(observed, (extreme + 1) / (rounds + 1), *_middle(np.concatenate(drawn)), n, False, "pairs")
+
+
+def _gain(ranks: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Correlation of the first system minus that of the second, mean over seeds: of [2, S, ..., n] and [..., n]."""
+    ranks, gold = (x - x.mean(-1, keepdims=True) for x in (ranks, gold))
+    scale = np.sqrt((ranks * ranks).sum(-1) * (gold * gold).sum(-1))
+    first, second = np.divide((ranks * gold).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return (first - second).mean(0)
 
 
 def randomisation(differences: np.ndarray, rounds: int = ROUNDS, seed: int = 0) -> tuple[float, bool]:
@@ -74,7 +101,11 @@ def interval(differences: np.ndarray, rounds: int = ROUNDS, seed: int = 0, level
     """Of the mean, by drawing queries with replacement (bootstrap percentiles)."""
     rng, n = np.random.default_rng(seed), len(differences)
     means = [differences[rng.integers(0, n, size=(size, n))].mean(1) for size in _blocks(n, rounds)]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return _middle(np.concatenate(means), level)
+
+
+def _middle(drawn: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -93,16 +93,16 @@ def _seeds(report: dict) -> str:
 def sentences(report: dict) -> list[str]:
     """What it was worth, computed from the figures: what training saved, and one sentence a student.
 
-    Rankers are compared query by query, in a sentence for each that a student is compared with.
+    What was compared item by item (rankers, sentence encoders) has a sentence for each that a student is compared with.
     """
     found = [*report["overridden"], *savings.sentences(report["runners"])]
     for row in report["rows"]:
         if row["role"] == "student":
-            found += [text for text in (_sentence(report, row), *_by_query(report, row["name"])) if text]
+            found += [text for text in (_sentence(report, row), *_paired(report, row["name"])) if text]
     return found
 
 
-def _by_query(report: dict, student: str) -> Iterator[str]:
+def _paired(report: dict, student: str) -> Iterator[str]:
     for told in report["comparisons"]:
         if told["row"] == student:
             yield f"{student} against {told['against']}: {comparison(told)}."
@@ -113,7 +113,7 @@ def comparison(told: dict) -> str:
     doubt = "" if told["p"] < DOUBT else ", not significant"
     return (
         f"{told['measure']} {told['difference']:+.3f}{doubt} ({LEVEL:.0%} interval {told['low']:+.3f} to "
-        f"{told['high']:+.3f}; p {told['p']:.2g}; {told['queries']:,} queries)"
+        f"{told['high']:+.3f}; p {told['p']:.2g}; {told['items']:,} {told['of']})"
     )
 
 
@@ -145,9 +145,10 @@ def _ratio(one: dict, other: dict, metric: str) -> float:
 
 
 def _against_others(report: dict, student: dict) -> Iterator[str]:
-    by_query = [told["against"] for told in report["comparisons"] if told["row"] == student["name"]]
+    queries = [told["against"] for told in report["comparisons"]
+               if (told["row"], told["of"]) == (student["name"], "queries")]  # fmt: skip
     for other in _alike(report, student["on"]):
-        if other["role"] in BELOW and other["name"] not in by_query:
+        if other["role"] in BELOW and other["name"] not in queries:
             shared = [n for n, facts in report["metrics"].items() if facts["quality"] and _both(student, other, n)]
             if shared:
                 differences = ", ".join(_difference(report, student, other, name) for name in shared)
@@ -195,7 +196,7 @@ def markdown(report: dict, pictures: dict[str, str], sections: list[str]) -> str
         *_costs(report),
         "## How it was measured",
         "\n".join(f"- **{title}**: {note}." for title, note in report["notes"]),
-        *_every_query(report),
+        *_every_pair(report),
         *_every_seed(report),
         *sections,
         *(f"![{caption}]({file})" for caption, file in pictures.items()),
@@ -223,21 +224,20 @@ def _costs(report: dict) -> Iterator[str]:
         yield "\n".join(f"- {line}." for line in costs.legend(report))
 
 
-def _every_query(report: dict) -> Iterator[str]:
+def _every_pair(report: dict) -> Iterator[str]:
     if not report["comparisons"]:
         return
-    yield "## Compared query by query"
+    yield "## Compared item by item"
     rows = [
         [told["row"], told["against"], f"{told['measure']} {told['difference']:+.3f}",
-         f"{told['low']:+.3f} to {told['high']:+.3f}", f"{told['p']:.2g}", f"{told['queries']:,}"]
+         f"{told['low']:+.3f} to {told['high']:+.3f}", f"{told['p']:.2g}", f"{told['items']:,} {told['of']}"]
         for told in report["comparisons"]
     ]  # fmt: skip
-    yield markdown_table(["row", "against", "difference", f"{LEVEL:.0%} interval", "p", "queries"], rows)
+    yield markdown_table(["row", "against", "difference", f"{LEVEL:.0%} interval", "p", "over"], rows)
     yield (
-        "p is how often chance alone would make the difference as large: the two values of each query change places at "
-        f"random, {ROUNDS:,} times (every way there is, where there are fewer). The interval draws queries with "
-        "replacement. Of a row with several seeds each query has its mean. None of the p is corrected for how many "
-        "there are."
+        "p is how often chance alone would make the difference as large: the two values of each item change places at "
+        f"random, {ROUNDS:,} times (every way there is, where there are fewer). The interval draws items with "
+        "replacement. Of several seeds the mean is compared. None of the p is corrected for how many there are."
     )
 
 

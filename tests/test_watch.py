@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+
+from distill.watch import TICKS, Look
 
 RANK = """
 import contextlib, json, os, pathlib, signal, socket, subprocess, sys, threading, time
@@ -53,7 +56,6 @@ WORKS = {
     "computes": "until = time.monotonic() + 4\n        while time.monotonic() < until: pass",
     "waits for a child that computes": "subprocess.run([sys.executable, '-c', 'while time.process_time() < 1.5: pass'"
     ".replace('while', 'import time\\nwhile')], capture_output=True)",
-    "reads now and then": "[(time.sleep(0.3), sum(range(10**6))) for _ in range(14)]",
     "waits for the network": "a, b = socket.socketpair(); later(lambda: b.send(b'.')); a.recv(1)",
     "waits for who reads its output": "a, b = os.pipe(); later(lambda: os.read(a, 10**6)); os.write(b, b'.' * 70000)",
 }
@@ -88,3 +90,14 @@ def test_a_rank_that_does_nothing_is_named_and_ended_by_the_one_that_waits(ended
 @pytest.mark.parametrize("case", [*WORKS, "works"])
 def test_a_rank_that_is_at_work_is_waited_for(ended, case):
     assert ended[case] == [(0, ""), (0, "")]
+
+
+@pytest.mark.parametrize(
+    "used",
+    [{"main": 3}, {"ticks": TICKS // 2}, {"bytes": 1_000_000}, {"family": frozenset({1, 2})}, {"asleep": False}],
+)
+def test_a_little_of_anything_is_work(used):
+    then = Look(asleep=True, stopped=False, main=5, ticks=50, bytes=500, family=frozenset({1}))
+    assert replace(then, ticks=51, bytes=600).idle_since(then, seconds=5)
+    more = {name: getattr(then, name) + n if type(n) is int else n for name, n in used.items()}
+    assert not replace(then, **more).idle_since(then, seconds=5)

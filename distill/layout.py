@@ -46,9 +46,9 @@ LAYOUTS = {
     **dict.fromkeys(("olmo3", "phi", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"), DECODER),
     "gpt_bigcode": DECODER._replace(ends=True),
 }
-MAY_DECODE = (
-    *("bert", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
-    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+MAY_DECODE = (  # as their config says
+    *("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
 )
 UNKNOWN = Layout(None, positions=False)
 

@@ -22,6 +22,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from distill.layout import MAY_DECODE
 from growth import checkpoint as reading
 from growth import files
 from growth.console import say
@@ -112,6 +113,8 @@ def heads(kind: type) -> dict[str, type]:
 
 def causal(config) -> bool:
     """Whether every token sees only those before it."""
+    if config.model_type in MAY_DECODE:
+        return config.is_decoder
     if config.model_type == "gemma3_text" and config.use_bidirectional_attention:  # EmbeddingGemma
         return False
     return "causal" in headed(type(config))

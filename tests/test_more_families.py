@@ -5,18 +5,25 @@ Every other family of transformers is refused by name, or its rows are padded.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 import transformers
 from test_layout import DOCUMENTS, LENGTH, documents
 from torch.testing import assert_close
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from distill import layout, loading, taps
 from distill.models import facts
+from distill.objectives.relation import INEXACT
 from distill.taps import tap
 from growth.errors import UserError
 
+MODELS = Path(transformers.__file__).parent / "models"
 LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
 ENCODERS = {
     "camembert": {}, "data2vec-text": {}, "ernie": {}, "eurobert": {"num_key_value_heads": 3},
@@ -152,6 +159,28 @@ def test_rows_of_a_family_without_proof_are_padded(family):
     each = documents(packed)
     alone = [outputs(student, {key: x[i : i + 1, :n] for key, x in each.items()}) for i, n in enumerate(lengths(each))]
     assert_close(outputs(student, each), torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+@pytest.mark.parametrize("family", ["bert", "bert-generation", "electra", "xlm-roberta"])
+def test_what_may_decode_sees_what_its_config_says(family, decodes):
+    student, batch = model(family, {"is_decoder": decodes}), tiny.batch([[11]], 11)
+    before = student(**inputs(batch))[0]
+    batch["input_ids"][0, -1] += 1
+    sees_behind = not torch.equal(student(**inputs(batch))[0][0, 0], before[0, 0])
+    assert decodes == loading.causal(student.config) == facts(student.config).causal != sees_behind
+
+
+def test_no_family_has_more_than_query_and_key_in_its_scores_unless_it_is_listed():
+    """Its own file says so where it calls the interface: sinks, a cap, a bias, chosen tokens."""
+    known = auto.MODEL_MAPPING_NAMES.keys() & {
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "t5", "mt5", "umt5"
+    }  # fmt: skip
+    folders = {family: model_type_to_module_name(family) for family in known}
+    files = {family: MODELS / name / f"modeling_{name}.py" for family, name in folders.items()}
+    calls = re.compile(r"ALL_ATTENTION_FUNCTIONS.*\n +(s_aux|softcap|position_bias|indices)=", re.DOTALL)
+    more = {family for family, file in files.items() if file.exists() and calls.search(file.read_text())}
+    assert more - {"phi4_multimodal"} <= INEXACT.keys()  # whose indices are those of images
 
 
 def lengths(batch):

@@ -19,14 +19,17 @@ PAIRS = tuple(a + b for a, b in product(ROLES, ROLES))
 Relation = Literal[("attention", *PAIRS)]
 Count = Annotated[int, Field(gt=0)]
 
+BIASED, CAPPED = "adds a learned relative position bias to query . key", "caps its scores by a tanh"
+SINKS, PICKED = "gives a share of rows to a sink", "sees only tokens that an indexer picks"
 # families whose attention is not the softmax of query . key alone
 INEXACT = {
-    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "udop"), "adds a learned relative position bias to query . key"),
-    **dict.fromkeys(("mpnet", "layoutlmv2", "layoutlmv3"), "adds a learned relative position bias to query . key"),
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "udop", "mpnet", "layoutlmv2", "layoutlmv3"), BIASED),
+    **dict.fromkeys(("inkling_text", "inkling2_text"), BIASED),
     **dict.fromkeys(("deberta", "deberta-v2"), "adds its position terms to query . key"),
     **dict.fromkeys(("bloom", "mpt"), "adds a distance to query . key (ALiBi)"),
-    **dict.fromkeys(("gemma2", "gemma3n_text", "vaultgemma"), "caps its scores by a tanh"),
-    **dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "gives a share of rows to a sink"),
+    **dict.fromkeys(("gemma2", "gemma3n_text", "vaultgemma"), CAPPED),
+    **dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "deepseek_v4", "flint"), SINKS),
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"), PICKED),
     **dict.fromkeys(("phimoe", "doge"), "does not say how wide the window of its layers is"),
     "llama4_text": "sees chunks of a row in most layers",
 }

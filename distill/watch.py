@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -84,7 +85,7 @@ def over(rank: int, gathered: Callable[[tuple], list[tuple]], patience: float | 
     try:
         yield
     finally:
-        watch.over.set()
+        watch.done.set()
         watch.join()
         os.close(_board.file)
         _board = None
@@ -152,6 +153,14 @@ def _transferred(pid: int) -> int:
     return sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines()[:2])
 
 
+class Told(NamedTuple):
+    """What stands on a board."""
+
+    reached: tuple[int, int]  # of meetings, and parts since
+    waits: bool
+    place: str
+
+
 @dataclass
 class Peer:
     """Another rank, or this one, from outside."""
@@ -162,13 +171,13 @@ class Peer:
     first: Look | None = None  # since when nothing was seen to be done
     looks: int = 0
 
-    def read(self) -> tuple[tuple[int, int], bool, str]:
-        """How far it is, whether it waits in a meeting, its place. OSError: not on this machine, or gone."""
+    def read(self) -> Told:
+        """OSError: it is not on this machine, or gone."""
         if self.name not in os.readlink(self.file):
             raise ProcessLookupError(self.pid)
         with open(self.file, "rb") as file:
             meetings, part, waits, place = BOARD.unpack(file.read())
-        return (meetings, part), waits, place.rstrip(b"\0").decode(errors="replace")
+        return Told((meetings, part), waits, place.rstrip(b"\0").decode(errors="replace"))
 
     def look(self, interval: float) -> Look:
         now = Look.at(self.pid)
@@ -183,10 +192,10 @@ class Watch(threading.Thread):
     def __init__(self, rank: int, peers: list[Peer], patience: float):
         super().__init__(daemon=True)
         self.rank, self.peers, self.patience = rank, peers, patience
-        self.over, self.lowest = threading.Event(), None
+        self.done, self.lowest = threading.Event(), None
 
     def run(self) -> None:
-        while not self.over.wait(self.patience / LOOKS):
+        while not self.done.wait(self.patience / LOOKS):
             try:
                 hanging = self.hanging()
             except OSError:
@@ -197,8 +206,8 @@ class Watch(threading.Thread):
     def hanging(self) -> dict[int, str]:
         """The ranks for which the others have waited long enough, and their places."""
         boards = {rank: peer.read() for rank, peer in enumerate(self.peers)}
-        before, self.lowest = self.lowest, min(key for key, *_ in boards.values())
-        behind = [rank for rank, (key, *_) in boards.items() if key == self.lowest]
+        before, self.lowest = self.lowest, min(told.reached for told in boards.values())
+        behind = [rank for rank, told in boards.items() if told.reached == self.lowest]
         waiting = [rank for rank in boards if rank not in behind] or behind
         if self.lowest != before:
             for peer in self.peers:
@@ -208,9 +217,9 @@ class Watch(threading.Thread):
         looks = {rank: self.peers[rank].look(self.patience / LOOKS) for rank in behind}
         still = [rank for rank in behind if self.peers[rank].looks >= LOOKS + waiting.index(self.rank)]
         found = [rank for rank in still if looks[rank].stopped]
-        if len(still) == len(behind) and not any(boards[rank][1] for rank in behind):  # else they wait themselves
+        if len(still) == len(behind) and not any(boards[rank].waits for rank in behind):  # else they wait themselves
             found = found or still
-        return {rank: boards[rank][2] for rank in found}
+        return {rank: boards[rank].place for rank in found}
 
     def end(self, hanging: dict[int, str]) -> None:
         """Say it, and end those that would not end by themselves; whoever started us ends the rest."""

@@ -4,8 +4,9 @@
 
 Two ranks on one machine, fp32, ZeRO 1 and 3: `--layers` square matrices of `--width`, by default 21 M parameters, one
 step done, 252 MB of masters and moments. Seconds are the smallest of `--times`, to the rename, files on the disk.
-Memory is the most that rank 0 allocates while saving beyond what it held (anonymous pages; the cache of files is the
-system's), in the number of largest tensors: a matrix in float32, an eightieth of a file.
+Memory is the most that a rank allocates meanwhile beyond what it held (anonymous pages; the cache of files is the
+system's), in the number of largest tensors: a matrix in float32, an eightieth of a file. Restoring is into an engine
+that was just made; its share of both moments, which it keeps, is not counted.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ class Rise:
     """The most anonymous memory of this process inside the block, above what it was before."""
 
     def __enter__(self) -> Rise:
-        self.before = self.most = _anonymous()
+        self.before = self.most = resident()
         self.over, self.watch = threading.Event(), threading.Thread(target=self._look)
         self.watch.start()
         return self
 
     def _look(self) -> None:
         while not self.over.wait(0.001):
-            self.most = max(self.most, _anonymous())
+            self.most = max(self.most, resident())
 
     def __exit__(self, *_) -> None:
         self.over.set()
@@ -64,7 +65,8 @@ class Rise:
         return self.most - self.before
 
 
-def _anonymous() -> int:
+def resident() -> int:
+    """Bytes of memory that are no file's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
 
@@ -77,24 +79,37 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def ranks(arguments) -> None:
+def engine_of(arguments) -> Engine:
+    spec = SimpleNamespace(zero=arguments.stage, precision="fp32", deepspeed={})
+    return Engine(Squares(arguments.layers, arguments.width), spec, SimpleNamespace(**OPTIM), 1)
+
+
+def rank(arguments) -> None:
     """What every rank does, for one stage; the first says a row for each kind of snapshot."""
     torch.set_num_threads(1)
-    spec = SimpleNamespace(zero=arguments.stage, precision="fp32", deepspeed={})
-    engine = Engine(Squares(arguments.layers, arguments.width), spec, SimpleNamespace(**OPTIM), 1)
+    engine = engine_of(arguments)
     engine.backward(engine(torch.ones(1, arguments.width)))
     engine.step(0.001)
-    largest = 4 * arguments.width**2
-    for local in (False, True):
-        parent, saves, loads = arguments.place / f"{arguments.stage} {local}", [], []
+    parents, rows = {local: arguments.place / f"{arguments.stage} {local}" for local in (False, True)}, {}
+    for local, parent in parents.items():
+        saves = []
         for time_ in range(arguments.times):
             with Rise() as saving:
                 saves.append(timed(lambda: snapshot.save(parent, time_, engine, {}, {}, local=local)))  # noqa: B023
-            loads.append(timed(lambda: snapshot.restore(snapshot.latest(parent), engine, {})))  # noqa: B023
+        rows[local] = [min(saves), saving.bytes]
+    engine.close()
+    largest, moments = 4 * arguments.width**2, 2 * 4 * arguments.layers * arguments.width**2 // world.size()
+    for local, parent in parents.items():
+        fresh = engine_of(arguments)
+        found = snapshot.latest(parent)
+        with Rise() as restoring:
+            seconds = timed(lambda: snapshot.restore(found, fresh, {}))  # noqa: B023
+        fresh.close()
+        save, saving = rows[local]
+        held = [f"{n / largest:.1f}" for n in (*world.gathered(saving), *world.gathered(restoring.bytes - moments))]
         if world.rank() == 0:
             kind = "local" if local else "canonical"
-            held = f"{saving.bytes / largest:.1f}"
-            print("\t".join([str(arguments.stage), kind, f"{min(saves):.2f}", f"{min(loads):.2f}", held]), flush=True)
+            print("\t".join([str(arguments.stage), kind, f"{save:.2f}", f"{seconds:.2f}", *held]), flush=True)
 
 
 def main() -> None:
@@ -106,35 +121,39 @@ def main() -> None:
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.place:
-        ranks(arguments)
+        rank(arguments)
         world.leave_at_once(SystemExit(0))
     rows = []
     with tempfile.TemporaryDirectory() as place, console.bar(2, "ZeRO stages") as advance:
         for stage in (1, 3):
-            rows += measured(Path(place), stage)
+            rows += said_by_ranks(Path(place), "--stage", str(stage))
             advance()
-    heads = ["ZeRO", "snapshot", "save s", "restore s", "largest tensors held while saving"]
-    console.table(heads, rows, title=f"{console.count(arguments.layers * arguments.width**2)} parameters, two ranks")
+    heads = [
+        "ZeRO",
+        "snapshot",
+        "save s",
+        "restore s",
+        *(f"{r}, {does}" for does in ("saving", "restoring") for r in "01"),
+    ]
+    title = (
+        f"{console.count(arguments.layers * arguments.width**2)} parameters, two ranks; largest tensors held by each"
+    )
+    console.table(heads, rows, title=title)
 
 
-def measured(place: Path, stage: int) -> list[list[str]]:
-    """One process a rank; one of them speaks."""
-    command = [sys.executable, "-W", "ignore", *sys.argv, "--stage", str(stage), "--place", str(place)]
-    shared = {**os.environ, "WORLD_SIZE": "2", world.STORE: str(place / f"store {stage}")}
+def said_by_ranks(place: Path, *arguments: str, ranks: int = 2) -> list[list[str]]:
+    """The lines that this script's ranks say, one process each."""
+    command = [sys.executable, "-W", "ignore", *sys.argv, *arguments, "--place", str(place)]
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), world.STORE: str(place / f"store {' '.join(arguments)}")}
+    shared["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is the system's again, or the heap's holes would count
     started = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if rank else None,
-            text=True,
-        )
-        for rank in range(2)
+        subprocess.Popen(command, env=shared | {"RANK": n, "LOCAL_RANK": n}, stdout=subprocess.PIPE, text=True)
+        for n in map(str, range(ranks))
     ]
     said = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         sys.exit("a rank failed")
-    return [line.split("\t") for line in said[0].splitlines()]
+    return [line.split("\t") for out in said for line in out.splitlines() if "\t" in line]
 
 
 if __name__ == "__main__":

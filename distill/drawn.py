@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers.initialization import TORCH_INIT_FUNCTIONS, no_init_weights
 
 from distill import loading
-from growth.memory import stored
+from growth.memory import pieces
 from growth.pieces import Computed
-from growth.ranges import dtype_name
 
 Initialise = Callable[[nn.Module], None]  # of transformers: it sets a module's own weights, or some below it
 
@@ -111,10 +110,7 @@ class Drawn:
 
     def pieces(self) -> Iterator[tuple[str, Computed]]:
         """As they are called in a checkpoint, to be made when their turn comes."""
-        named = dict(self.model.named_parameters())
-        for name, (owner, window) in stored(self.model).items():
-            p = named[owner]
-            yield name, Computed(dtype_name(p.dtype), window.shape, lambda p=p, w=window: w.of(self.tensor(p)))
+        return pieces(self.model, self.tensor)
 
     def tensor(self, p: nn.Parameter) -> Tensor:
         if p not in self._made:

@@ -10,6 +10,8 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -21,6 +23,7 @@ from growth.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("master", *MOMENTS)  # what the state of one parameter consists of
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Phases = frozenset[Hashable] | None  # the kinds of steps that update a parameter; None: every step
 
@@ -95,11 +98,33 @@ class Adam(torch.optim.AdamW):
             self.param_groups = whole
 
 
-class Shared:
-    """A frozen module of which every rank keeps a share: ZeRO 3 without an optimizer. All ranks must call it alike.
+def _cut(module: nn.Module, told: dict, dtype: torch.dtype) -> None:
+    """Leave every rank its share of the weights alone (ZeRO 3), in this precision and as `told` says.
 
-    Its weights are taken, cast and cut one after the other: mapped from a file, they never stand in memory together.
-    Outside its forward pass they are empty.
+    They are taken, cast and cut one after the other: mapped from a file, they never stand in memory together.
+    """
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(world.device())
+    _deepspeed().zero.Init(module=_Taken(module, dtype), config_dict_or_path=told, dtype=dtype)
+
+
+class _Taken(nn.Module):
+    """A module whose weights are copied to the device when their turn comes: ranks may write on copies alone."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for p in self.module.parameters(recurse):
+            p.data = p.data.to(world.device(), self.dtype, copy=True)
+            yield p
+
+
+class Shared:
+    """A module of which every rank keeps a share: ZeRO 3 without an optimizer. All ranks must call it alike.
+
+    Outside its forward pass its weights are empty.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
@@ -112,18 +137,38 @@ class Shared:
         }
         if dtype == torch.bfloat16:
             told["bf16"] = {"enabled": True}
-        with torch.no_grad():
-            for part in reversed(list(module.modules())):  # a child before its parent, which would take it as well
-                for p in part.parameters(recurse=False):
-                    p.data = p.data.to(dtype)
-                for buffer in part.buffers(recurse=False):
-                    buffer.data = buffer.data.to(world.device())
-                deepspeed.zero.Init(module=part, config_dict_or_path=told, dtype=dtype)
+        _cut(module, told, dtype)
         self.engine, *_ = deepspeed.initialize(model=module, config=told, dist_init_required=False)
         nn.functional.linear = linear  # what stage 3 puts there saves memory in backward alone, and rounds otherwise
 
     def __call__(self, *args):
         return self.engine(*args)
+
+    def close(self) -> None:
+        """The module is of no use afterwards, unless it is given other weights."""
+        self.engine.empty_partition_cache()
+        self.engine.destroy()
+
+
+@contextmanager
+def placed(module: nn.Module, stage: int) -> Iterator[Callable]:
+    """What runs `module` before an engine has it: whole on this rank's device, under ZeRO 3 in shares of float32.
+
+    From there its weights return to where they were, in a file as a rule, for the engine to take.
+    """
+    if stage < 3:
+        yield module.to(world.device())
+        return
+    before = [(p, p.data, dict(vars(p))) for p in module.parameters()]
+    shared = Shared(module, torch.float32)
+    try:
+        yield shared
+    finally:
+        shared.close()
+        for p, data, own in before:
+            vars(p).clear()  # what DeepSpeed says of it
+            vars(p).update(own)
+            p.data = data
 
 
 class Engine:
@@ -134,7 +179,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, spec, optim, micro_batch: int, phases: Mapping[str, Phases] | None = None):
         world.start()
-        deepspeed = _deepspeed()
+        deepspeed, told = _deepspeed(), config(spec, optim, micro_batch)
         self.stage, self.precision, self.clip = spec.zero, spec.precision, optim.clip
         self._linear = nn.functional.linear  # stage 3 replaces it for the whole process
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -144,9 +189,9 @@ class Engine:
         )  # fmt: skip
         # DeepSpeed gives parameters new, rounded data; what they hold now lives on here until its master has it
         exact = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad and self._rounds}
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw, config=config(spec, optim, micro_batch), dist_init_required=False
-        )
+        if self.stage == 3:
+            _cut(module, told, DTYPES[self.precision])
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=told, dist_init_required=False)
         self._base.state.clear()  # stage 0 in low precision has taken an empty step by now, and counted it
         self.accumulation = self.engine.gradient_accumulation_steps()
         if self._rounds:  # else the float32 masters would start from rounded weights
@@ -212,6 +257,28 @@ class Engine:
         """
         for name, p in self._trainable(names):
             yield name, self._get(p, "master")
+
+    def lend(self, work: Callable[[dict[str, Callable[[], Tensor]]], object]) -> None:
+        """The first rank does `work` with what makes the float32 weight of each trainable parameter. Collective.
+
+        All ranks gather it when it is asked for, and no other keeps it.
+        """
+        named, failure = dict(self._trainable()), None
+
+        @lru_cache(maxsize=2)  # of experts that are written one by one, whose layer holds them in two tensors
+        def master(name: str) -> Tensor:
+            return self._get(named[world.told(name)], "master").cpu()
+
+        if world.rank() == 0:
+            try:
+                work({name: partial(master, name) for name in named})
+            except BaseException as error:
+                failure = error
+            world.told(None)
+        else:
+            while (name := world.told(None)) is not None:
+                self._get(named[name], "master")
+        world.raise_together(failure)
 
     def working(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The same of the copies that the forward pass reads, in its precision."""

@@ -115,7 +115,7 @@ class Language:
         """What else the metrics of the stage are."""
         return {"lowrank": students.told(self.start)} if self.spec.student.lowrank else {}
 
-    def export(self, trained: dict[str, torch.Tensor], dst: Path, beside: Callable[[Path], None] | None = None) -> None:
+    def export(self, trained: dict[str, models.Make], dst: Path, beside: Callable[[Path], None] | None = None) -> None:
         """An ordinary directory: trained masters, everything else as it was at the start; `beside` writes masks."""
         if beside:
             models.export(self.start, trained, dst, beside)

@@ -138,31 +138,44 @@ def tokens(batch: dict) -> int:
     return sum(int((text["segment_ids"] > 0).sum()) for text in texts)
 
 
-def freeze_unreachable(lesson: Lesson, targets: Targets, data: Data, parts: Sequence[Part] = ()) -> list[str]:
+def freeze_unreachable(
+    lesson: Lesson, targets: Targets, data: Data, parts: Sequence[Part] = (), run: Callable | None = None
+) -> list[str]:
     """Freeze what no objective reaches (MiniLM: the last output projection and FFN); returns the names.
 
-    Found by one backward pass over the smallest batch (one for each part of the student that may be drawn): a parameter
-    without a gradient is outside the graph. Left in, ZeRO's flat partitions would decay it.
+    Found by one forward pass over the smallest batch (one for each part of the student that may be drawn): what is
+    outside the graph has no gradient. Left in, ZeRO's flat partitions would decay it. `run`: what runs the lesson.
     """
     batch, reached = data.smallest(), set()
-
-    def note(p: nn.Parameter) -> None:
-        reached.add(p)
-        p.grad = None  # all gradients together would be as big as the model, in float32, on every rank
-
-    lesson.to(data.device)
-    hooks = [p.register_post_accumulate_grad_hook(note) for p in lesson.parameters() if p.requires_grad]
     active = {name: fixed(objective, Progress(0, 1)) for name, objective in lesson.objectives.items()}
     for part in parts or (None,):
-        total = sum(lesson(batch, targets(batch, active), active, part).values())
+        taught = targets(batch, active)
+        with torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
+            total = sum((run or lesson)(batch, taught, active, part).values())
         if not total.requires_grad:
             raise UserError("no loss reaches anything that is trained: the hooks freeze too much")
-        total.backward()
-    for hook in hooks:
-        hook.remove()
+        reached |= _leaves(total)
     for p in lesson.parameters():
         p.requires_grad_(p in reached)
     return [name.removeprefix("student.") for name, p in lesson.named_parameters() if p not in reached]
+
+
+def _dropped(_) -> None:
+    """No backward pass follows: neither activations nor, under ZeRO 3, weights are kept for it."""
+
+
+def _leaves(total: Tensor) -> set[Tensor]:
+    """The parameters in the graph of a tensor."""
+    found, seen, ahead = set(), set(), [total.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        ahead += [before for before, _ in node.next_functions]
+        if hasattr(node, "variable"):  # where gradients are accumulated
+            found.add(node.variable)
+    return found
 
 
 class First:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from distill import classifiers, growing, layout, loading, taps
 from distill.drawn import Drawn, fresh, planned
@@ -27,11 +28,15 @@ from growth import files
 from growth.console import say
 from growth.errors import UserError
 from growth.families import FAMILIES
+from growth.memory import pieces
 from growth.pieces import Piece
 from growth.shards import bytes_of, write_shards
 from growth.writer import CARRIED, LINEAGE
 
 __all__ = ["Facts", "export", "facts", "freeze", "fresh", "load", "resolve", "seed_checkpoint", "weights_sha256"]
+
+
+Make = Callable[[], torch.Tensor]  # of one tensor, when its turn comes
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -176,19 +181,27 @@ def _begin(config, head: str | None, seed: int, dst: Path, tokenizer: Path | Non
     return save(drawn.model, dst, carry=tokenizer, tensors=drawn.pieces())
 
 
-def export(
-    start: Path, trained: Mapping[str, torch.Tensor], dst: Path, beside: Callable[[Path], None] | None = None
-) -> Path:
+def export(start: Path, trained: Mapping[str, Make], dst: Path, beside: Callable[[Path], None] | None = None) -> Path:
     """What was trained, by parameter name; everything else as it was at the start, the tokenizer too.
 
     How the start was grown is told still, but what it promised to compute is over. `beside` as in `save`.
     """
     model = load(start, loading.own_head(loading.configuration(start)))
-    places = {loading.inside(n, model): p for n, p in model.named_parameters()}
-    for name, tensor in trained.items():
-        place = places[loading.inside(name, model)]
-        place.data = tensor.detach().to(place.dtype).view(place.shape)  # not copied: it may be all that memory holds
-    return save(model, dst, carry=start, overwrite=True, story={"preserves": "no"}, beside=beside)
+    story, tensors = {"preserves": "no"}, trained_pieces(model, trained)
+    return save(model, dst, carry=start, overwrite=True, story=story, beside=beside, tensors=tensors)
+
+
+def trained_pieces(model: nn.Module, trained: Mapping[str, Make]) -> Iterator[tuple[str, Piece]]:
+    """The tensors of a checkpoint: those that were trained, by parameter name, made when their turn comes.
+
+    The others are those of the model: mapped from a file, they take no memory.
+    """
+    places = {loading.inside(name, model): p for name, p in model.named_parameters()}
+    made = {places[loading.inside(name, model)]: make for name, make in trained.items()}
+    yield from pieces(model, lambda p: made[p]().to(p.dtype).view(p.shape) if p in made else p.detach())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+    yield from revert_weight_conversion(model, buffers).items()
 
 
 def _continue(
@@ -235,7 +248,7 @@ def save(
     """The checkpoint directory, whole or not at all, with the tokenizer and the lineage of `carry`.
 
     `story` is what the lineage must say otherwise; `beside` writes files of its own into the directory; `masks` is the
-    checkpoint whose masks, if it has any, are laid over the model. `tensors`: of a model without storage.
+    checkpoint whose masks, if it has any, are laid over the model. `tensors`: its own, made when their turn comes.
     """
     held = stored.laid_over(model, masks) if masks else {}
     files.ensure_space(dst, sum(p.numel() * p.element_size() for p in model.parameters()), "a model")

@@ -7,7 +7,7 @@ them. Every stage draws its own anew: they are of one student and one teacher. N
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,10 +46,10 @@ def drawn(shapes: Mapping[str, tuple[int, int]], seed: int) -> nn.ModuleDict:
     return made
 
 
-def write(stage: Path, trained: Mapping[str, Tensor]) -> None:
+def write(stage: Path, trained: Mapping[str, Callable[[], Tensor]]) -> None:
     """Those among the trained tensors of a lesson, into the directory of its stage; no file where there are none."""
     from safetensors.torch import save
 
-    own = {name.removeprefix("projections."): x for name, x in trained.items() if name.startswith("projections.")}
+    own = {name: make for name, make in trained.items() if name.startswith("projections.")}
     if own:
-        write_bytes(stage / FILE, [save(own)])
+        write_bytes(stage / FILE, [save({name.removeprefix("projections."): make() for name, make in own.items()})])

@@ -17,7 +17,7 @@ from distill import extent, hooks, memory, projections, snapshot, sources, watch
 from distill.attention import choose
 from distill.changes import flat
 from distill.cost import as_much_as
-from distill.engine import Engine, NonFinite
+from distill.engine import Engine, NonFinite, placed
 from distill.kinds import NO_INPUT
 from distill.language import Language
 from distill.lesson import Lesson, freeze_unreachable, named_losses, tokens
@@ -95,8 +95,10 @@ class Stage:
         parts = self.cost.parts
         for hook in self.hooks:
             hook.prepare(self.student, sources.encoder(self.subject.start))
-        scales.settle(self.directory, self.objectives, self.student, self.targets, self.data)
-        frozen = freeze_unreachable(self.lesson, self.targets, self.data, parts)
+        zero = self.context.recipe.engine.zero
+        scales.settle(self.directory, self.objectives, self.student, self.targets, self.data, zero)
+        with placed(self.lesson, zero) as run:
+            frozen = freeze_unreachable(self.lesson, self.targets, self.data, parts, run)
         self.sparse = Sparse(self.hooks, self.lesson, sources.encoder(self.subject.start), self.seed)
         phases = {f"student.{name}": when for name, when in hooks.updated_in(self.student, parts).items()}
         engine = Engine(self.lesson, self.context.recipe.engine, self.spec.optim, self.micro_batch, phases)
@@ -301,10 +303,12 @@ class Stage:
         watch.at(f"{self.directory.name}, export")
         fault("train.export")
         beside = self.sparse.beside(engine)
-        trained = {name: tensor for name, tensor in engine.state("master") if world.rank() == 0}
-        student = {name.removeprefix("student."): x for name, x in trained.items() if name.startswith("student.")}
-        world.first(lambda: projections.write(self.directory, trained))
-        world.first(lambda: self.subject.export(student, self.directory / "model", *beside))
+        engine.lend(lambda masters: self._write(masters, beside))
+
+    def _write(self, masters: dict, beside: list) -> None:
+        student = {name.removeprefix("student."): make for name, make in masters.items() if name.startswith("student.")}
+        projections.write(self.directory, masters)
+        self.subject.export(student, self.directory / "model", *beside)
 
 
 def _note(entry: dict) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,6 +97,14 @@ def empty(kind: type, config: Mapping[str, Any], dtype: Any, device: Any):
     model.tie_weights()
     model.config._experts_implementation = "eager"  # grouped_mm wants sizes that suit a GPU
     return model.to(device, dtype).eval()
+
+
+def pieces(model: Any, tensor: Callable[[Any], Any]) -> Iterator[tuple[str, Computed]]:
+    """The parameters of a model as they are called in a checkpoint; `tensor` makes one when its turn comes."""
+    named = dict(model.named_parameters())
+    for name, (owner, window) in stored(model).items():
+        p = named[owner]
+        yield name, Computed(dtype_name(p.dtype), window.shape, lambda p=p, w=window: w.of(tensor(p)))
 
 
 def stored(model: Any) -> dict[str, tuple[str, Window]]:

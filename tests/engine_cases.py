@@ -15,12 +15,13 @@ import tiny
 import torch
 
 from distill import projections, snapshot, world
-from distill.engine import KEYS, Engine, NonFinite
+from distill.engine import KEYS, Engine, NonFinite, placed
 from distill.lesson import Data, Lesson, freeze_unreachable
 from distill.models import freeze
 from distill.objectives import OBJECTIVES
 from distill.teachers.targets import Online, Targets
 from growth.errors import UserError
+from growth.files import read_json, write_json
 
 STAGE = int(sys.argv[1]) if __name__ == "__main__" else 0
 LENGTH, BATCH, LR, WIDE = 24, 8, 0.01, 54
@@ -86,7 +87,8 @@ class Run:
         checkpointing: bool = False,
     ):
         self.lesson, self.targets, self.data = parts(micro_batch, packed, checkpointing)
-        freeze_unreachable(self.lesson, self.targets, self.data)
+        with placed(self.lesson, STAGE) as run:
+            freeze_unreachable(self.lesson, self.targets, self.data, run=run)
         self.targets.models[0].to(torch.bfloat16 if precision == "bf16" else torch.float32)
         spec = SimpleNamespace(zero=STAGE, precision=precision, deepspeed=LET_GO if checkpointing and STAGE else {})
         optim = SimpleNamespace(**OPTIM | {"clip": clip})
@@ -143,6 +145,7 @@ def resumes(precision: str) -> bool:
             found = again.state()
             same &= all(torch.equal(end[key], found[key]) for key in end)
         says_what_changed(whole, again.engine)
+        says_where_it_goes_on(local, again.engine)
         again.engine.close()
         world.barrier()
     return same
@@ -157,6 +160,23 @@ def says_what_changed(path: Path, engine: Engine) -> None:
         assert f"\n  lr {LR} -> 0.5\n" in str(error)
     told = snapshot.restore(path, engine, {"lr": 0.5}, accept=True)["overridden"]
     assert told == [{"step": 3, "changes": [f"lr {LR} -> 0.5"]}]
+
+
+def says_where_it_goes_on(local: Path, engine: Engine) -> None:
+    """What another engine wrote with `local: true` is refused before a file of state is opened, with what would do."""
+    manifest = read_json(local / "manifest.json")
+    if not manifest["local"]:  # ZeRO 0: whole, and so it goes on anywhere
+        return
+    other = {"stage": 1 + STAGE % 3, "ranks": 3, "precision": "bf16" if engine.precision == "fp32" else "fp32"}
+    for key, value in other.items():
+        theirs, place = {**manifest, key: value}, local.parent.parent / key
+        world.first(lambda: place.mkdir() or write_json(place / "manifest.json", theirs))  # noqa: B023
+        try:
+            snapshot.restore(place, engine, {"lr": LR})
+            raise AssertionError(f"a local snapshot of another {key} was taken")
+        except UserError as error:
+            does = "engine.zero={stage} engine.precision={precision} and --ranks {ranks}. Snapshots with `local: false`"
+            assert f"{key} {value} -> {manifest[key]}; give it {does.format(**theirs)} go on anywhere" in str(error)
 
 
 def shared_directory():

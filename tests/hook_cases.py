@@ -10,7 +10,7 @@ import torch
 from engine_cases import BATCH, LR, OPTIM, Rows, shared_directory
 
 from distill import hooks, snapshot, world
-from distill.engine import KEYS, Engine
+from distill.engine import KEYS, Engine, placed
 from distill.hooks import Submodel
 from distill.lesson import Data, Heldout, Lesson, freeze_unreachable
 from distill.objectives import OBJECTIVES
@@ -39,7 +39,8 @@ class Run:
         self.lesson.student.train(dropout)
         data = Data(Rows(), BATCH, 2, True, torch.device("cpu"), offset=3)
         self.data, targets = data, Targets({}, self.lesson.objectives)
-        self.frozen = freeze_unreachable(self.lesson, targets, data, parts)
+        with placed(self.lesson, stage) as run:
+            self.frozen = freeze_unreachable(self.lesson, targets, data, parts, run)
         updated = {f"student.{name}": when for name, when in hooks.updated_in(self.lesson.student, parts).items()}
         spec = SimpleNamespace(zero=stage, precision=precision, deepspeed={})
         self.engine = Engine(self.lesson, spec, SimpleNamespace(**OPTIM), 2, updated)

@@ -20,6 +20,7 @@ from distill.objectives import InBatchMargin, MarginMSE, RankNet
 from distill.objectives.crossing import Scores, crossing
 from distill.ranking import rankers, scales
 from distill.ranking.batches import Batches
+from distill.teachers.targets import Reading
 from growth import files
 
 CELLS = [(stage, ranks) for ranks in (1, 2) for stage in range(4)]
@@ -210,7 +211,7 @@ def test_scale_auto_brings_margins_to_the_teachers_spread_and_is_read_back(tmp_p
     auto = {"target": "t", "scale": "auto"}
     losses = {"margin_mse": MarginMSE(**auto), "in_batch_margin": InBatchMargin(**auto, group=2)}
     targets = type(targets)(targets.sources, losses)
-    found = scales.margins(losses, lesson.student, targets, data)
+    found = scales.margins(losses, Reading(lesson.student), targets, data)
     seen = [batch["group"].bincount() - 1 for step in range(8) for batch in data.whole(step)]
     assert len(found["margin_mse"][0]) == sum(map(int, torch.cat(seen)))
     scales.settle(tmp_path, losses, lesson.student, targets, data)

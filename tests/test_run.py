@@ -122,17 +122,19 @@ def test_nothing_that_happens_on_the_way_changes_the_outcome(place, whole):
 
 
 def test_two_ranks_on_another_stage_make_the_same_student(place, whole):
-    """In float32, to rounding; a monitor of DeepSpeed hears what the log holds."""
+    """In float32, to rounding, of which Adam makes the steps of key biases, that softmax does not feel; a monitor of
+    DeepSpeed hears what the log holds."""
     watched = "engine.deepspeed={csv_monitor: {enabled: true, output_path: watched, job_name: %s}}"
     settings = ("engine.precision=fp32", "stages.student.train.stop.steps=3")
-    for out, more in {"one": (), "two": ("engine.zero=2", "--ranks", "2")}.items():
+    for out, more in {"one": (), "two": ("engine.zero=3", "--ranks", "2")}.items():
         ended = run(place, out, *settings, watched % out, *more)
         assert ended.returncode == 0, ended.stderr
         entries = map(json.loads, (place / out / "student/log.jsonl").read_text().splitlines())
         heard = (place / f"watched/{out}/distill_grad_norm.csv").read_text().split()[1:]
         assert heard == [f"{entry['step']},{entry['grad_norm']}" for entry in entries]
     one, two = (load_file(place / out / "student/model/model.safetensors") for out in ("one", "two"))
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    felt = [name for name in one if not name.endswith("key.bias")]
+    assert max(float((one[name] - two[name]).abs().max()) for name in felt) < 1e-5
 
 
 def test_a_snapshot_with_a_flipped_bit_is_refused(place, whole):

@@ -160,8 +160,11 @@ def _write(factors: Mapping[str, Factors], whole: dict[str, Tensor], made: Mappi
 @torch.no_grad()
 def _fill(model: nn.Module, factors: Mapping[str, Factors]) -> None:
     for name, f in factors.items():
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        layer.weight.copy_(_turned(layer, f.merged()))
+        model.get_parameter(name).copy_(_merged(model, name, f))
+
+
+def _merged(model: nn.Module, name: str, f: Factors) -> Tensor:
+    return _turned(model.get_submodule(name.removesuffix(".weight")), f.merged())
 
 
 # While it trains
@@ -201,21 +204,20 @@ def digest(start: Path) -> str:
 # Afterwards
 
 
-def export(start: Path, trained: Mapping[str, Tensor], dst: Path) -> Path:
+def export(start: Path, trained: Mapping[str, models.Make], dst: Path) -> Path:
     """An ordinary checkpoint of what was trained, in float32, and its factors beside it."""
     build = loading.class_of(loading.configuration(start), None)
-    rest = {loading.inside(name, build): tensor for name, tensor in trained.items()}
+    rest = {loading.inside(name, build): make for name, make in trained.items()}
     factors = {name: _trained(loading.inside(name, build), f, rest) for name, f in factored.read(start).items()}
     model = models.load(start, loading.own_head(loading.configuration(start)))
-    _fill(model, factors)
-    dense = {name: p for name, p in model.named_parameters() if name in factors}
+    dense = {name: partial(_merged, model, name, f) for name, f in factors.items()}
     made = files.read_json(start / factored.STORY)["made"]
     beside = partial(factored.write, factors=factors, made=made)
     return models.export(start, {**rest, **dense}, dst, beside=beside)
 
 
-def _trained(name: str, f: Factors, rest: dict[str, Tensor]) -> Factors:
+def _trained(name: str, f: Factors, rest: dict[str, models.Make]) -> Factors:
     """What no loss reached stands as it was."""
     at = name.removesuffix("weight")
-    B, A, values = (rest.pop(f"{at}{key}", getattr(f, key)) for key in TRAINED)
+    B, A, values = (rest.pop(f"{at}{key}", lambda key=key: getattr(f, key))() for key in TRAINED)
     return Factors(B, A, values.view(-1), f.indices, f.scale)

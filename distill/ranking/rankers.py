@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from distill.ranking.ranker import Ranker
 from growth import files, ranges
 from growth.checkpoint import Checkpoint, refuse_not_finite
 from growth.errors import UserError
+from growth.pieces import Piece
 from growth.shards import write_file
 
 MODULES: dict[type[RankerKind], type[Ranker]] = {
@@ -45,14 +46,15 @@ def save(
     tokenizer: Path | None = None,
     overwrite: bool = False,
     story: Mapping[str, str] | None = None,
+    tensors: Iterable[tuple[str, Piece]] | None = None,
 ) -> Path:
     """Its directory, whole or not at all; `tokenizer` is a directory whose tokenizer goes into `encoder/`.
 
-    Its lineage goes with it; `story` is what that must say otherwise. With a tokenizer sentence-transformers loads the
-    directory as well.
+    Its lineage goes with it; `story` is what that must say otherwise; `tensors`: of its encoder, as in `models.save`.
+    With a tokenizer sentence-transformers loads the directory as well.
     """
     with files.committed(directory, overwrite=overwrite) as temporary:
-        models.save(ranker.encoder, temporary / ENCODER, carry=tokenizer, story=story)
+        models.save(ranker.encoder, temporary / ENCODER, carry=tokenizer, story=story, tensors=tensors)
         if head := ranker.head():
             write_file(temporary / HEAD, list(head.items()))
         files.write_json(temporary / ABOUT, kinds.written(ranker.kind))

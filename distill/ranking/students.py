@@ -6,15 +6,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from distill import loading, models, sources
 from distill.corpus import tokens
 from distill.ranking import rankers
 from distill.ranking.joining import fitted
 from distill.ranking.kinds import ENCODER, ClassifierKind, RankerKind
 from distill.ranking.opening import form_of, loaded
+from distill.ranking.ranker import ENCODER as INSIDE
 from distill.ranking.ranker import Ranker
 from growth.errors import UserError
 
@@ -52,11 +50,12 @@ def _fill(ranker: Ranker, origin: Ranker, name: str) -> None:
     ranker.load_state_dict(head, strict=False)
 
 
-def export(start: Path, trained: Mapping[str, Tensor], dst: Path) -> Path:
+def export(start: Path, trained: Mapping[str, models.Make], dst: Path) -> Path:
     """What was trained, by parameter name; everything else as it was at the start, the tokenizer too."""
     ranker = rankers.load(start)
-    places = dict(ranker.named_parameters())
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            places[name].copy_(tensor)
-    return rankers.save(ranker, dst, tokenizer=start / ENCODER, overwrite=True, story={"preserves": "no"})
+    encoder = {name.removeprefix(INSIDE): make for name, make in trained.items() if name.startswith(INSIDE)}
+    head = {name: make() for name, make in trained.items() if not name.startswith(INSIDE)}
+    ranker.load_state_dict(head, strict=False)
+    tensors = models.trained_pieces(ranker.encoder, encoder)
+    story = {"preserves": "no"}
+    return rankers.save(ranker, dst, tokenizer=start / ENCODER, overwrite=True, story=story, tensors=tensors)

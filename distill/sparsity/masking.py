@@ -45,7 +45,7 @@ class Masking:
         named = dict(module.named_parameters())
         self.trained = frozenset(name for name in masks if named[name].requires_grad)
         self.dead: MutableMapping[str, Tensor] = HOLD[hold]()
-        self.dead.update((name, ~mask.to(named[name].device)) for name, mask in masks.items())
+        self.dead.update((name, ~mask.to(world.device())) for name, mask in masks.items())
         self.sizes = {name: mask.numel() for name, mask in masks.items()}
         self.rule, self.check_every = rule or Static(), check_every
         self._gradients: dict[str, Tensor] | None = None
@@ -148,4 +148,6 @@ class Masking:
 
 @torch.no_grad()
 def _fill(p: nn.Parameter, dead: Tensor) -> None:
-    p.masked_fill_(dead, 0.0)
+    dead = dead.to(p.device)
+    if bool((p.ne(0) & dead).any()):  # what is mapped from a file stays there where nothing is written
+        p.masked_fill_(dead, 0.0)

@@ -47,7 +47,7 @@ def committed(final: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         if error.errno in FULL:
             free = size(shutil.disk_usage(final.parent).free)
             raise UserError(
-                f"disk full while writing {final} ({free} free); what was there before is intact"
+                f"disk full while writing {final} ({error.strerror}, {free} free); what was there before is intact"
             ) from error
         raise
     finally:

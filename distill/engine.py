@@ -105,7 +105,9 @@ def _cut(module: nn.Module, told: dict, dtype: torch.dtype) -> None:
     """
     for buffer in module.buffers():
         buffer.data = buffer.data.to(world.device())
-    _deepspeed().zero.Init(module=_Taken(module, dtype), config_dict_or_path=told, dtype=dtype)
+    deepspeed = _deepspeed()
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)  # or it counts one rank, whatever there are
+    deepspeed.zero.Init(module=_Taken(module, dtype), config_dict_or_path=told, dtype=dtype)
 
 
 class _Taken(nn.Module):

@@ -195,6 +195,12 @@ class Continued(Value):
     after: str = Field(description="a train stage on that corpus: the stream goes on where it stopped")
 
 
+def _climbs_down(lr: Schedule) -> Schedule:
+    if (lowest := min(y for _, y in lr.points)) < 0:
+        raise ValueError(f"a learning rate of {lowest:g} would climb the loss; 0 or more")
+    return lr
+
+
 class TrainSpec(Value):
     student: StudentSpec = Field(description="exactly one of new, from, cut, grow")
     data: str | Continued = Field(
@@ -205,7 +211,7 @@ class TrainSpec(Value):
     targets: dict[Name, TargetSpec] = Field({}, description="teachers by the names that losses use")
     loss: Annotated[Several[Loss], Field(min_length=1)] = Field(description="objectives, added up")
     optim: OptimSpec
-    lr: Schedule = Field(description="learning rate")
+    lr: Annotated[Schedule, AfterValidator(_climbs_down)] = Field(description="learning rate")
     stop: StopSpec = Field(description="exactly one of steps, epochs, tokens, like")
     hooks: Several[HookSpec] = Field((), description="what changes during training")
     evaluate_every: Positive | None = Field(None, description="steps between held-out losses of `ce`; null: none")

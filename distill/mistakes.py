@@ -28,6 +28,7 @@ EXPECTED = {
     "model_attributes_type": "keys and values",
 }
 NUMBERS = ("a number", "a whole number")
+BOUNDS = ("too_short", "too_long", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def report(mistakes: Iterable[Mistake], document: Document | dict, file: str) -> str:
@@ -109,7 +110,7 @@ def _place(error: dict, value: Any) -> Path:
 def _is_other_member(path: Path, errors: list[dict], grouped: dict[Path, list[dict]]) -> bool:
     """A union's wish for another type, where the member that was meant has a mistake further in."""
     further = any(p != path and p[: len(path)] == path for p in grouped)
-    return further and all(e["type"] in (*EXPECTED, "literal_error") for e in errors)
+    return further and all(e["type"] in (*EXPECTED, "literal_error") or _is_short_of_bad_items(e) for e in errors)
 
 
 def _words(errors: list[dict], schema: dict, path: Path) -> Iterator[str]:
@@ -118,9 +119,11 @@ def _words(errors: list[dict], schema: dict, path: Path) -> Iterator[str]:
     choices = [e for e in errors if e["type"] == "literal_error"]
     others = [e for e in errors if e not in types and e not in choices and not _is_short_of_bad_items(e)]
     choices = [e for e in choices if not (others and isinstance(e["input"], dict))]  # another member was meant
+    if any(e["type"] in BOUNDS for e in others):
+        types, choices = [], []  # it has the type of that member
     if choices and all(EXPECTED[e["type"]] not in NUMBERS for e in types) and isinstance(choices[0]["input"], str):
         yield _no_choice(choices)
-    elif types and not any(e["type"] in ("value_error", "too_short") for e in others):
+    elif types and not any(e["type"] == "value_error" for e in others):
         yield _wrong_type(types, choices)
     elif choices:
         yield _no_choice(choices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill import mistakes
 from distill.choice import one_of
@@ -16,6 +16,17 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 BM25 = "bm25"  # what finds documents without a model
 DOCSTRINGS = "docstrings"  # the collection that is always at hand
+
+
+DECIDED = {  # keys of DeepSpeed's that are ours to fill in, and what says how
+    "train_batch_size": "optim.batch",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch",
+    "gradient_accumulation_steps": "optim.batch and engine.micro_batch",
+    "gradient_clipping": "optim.clip",
+    "zero_optimization.stage": "engine.zero",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+}
 
 
 class EngineSpec(Value):
@@ -34,6 +45,15 @@ class EngineSpec(Value):
         45, description="seconds that others wait for a rank that hangs, on one machine; null: as long as it takes"
     )
     deepspeed: dict[str, Any] = Field({}, description="passed through to DeepSpeed's configuration")
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_undecided(cls, block: dict[str, Any]) -> dict[str, Any]:
+        for key, ours in DECIDED.items():
+            outer, _, inner = key.partition(".")
+            if outer in block and (not inner or not isinstance(block[outer], dict) or inner in block[outer]):
+                raise ValueError(f"{key} is what {ours} says")
+        return block
 
     @property
     def dtype(self) -> str:

@@ -270,6 +270,9 @@ def test_what_cannot_work_is_said():
     assert wrong(student_layer=["embeddings", 0, 1], teacher_layer=["embeddings", 1, 9]) == [
         "teacher_layer=9: the bert has 4 layers, 0 to 3"
     ]
+    assert wrong(student_layer=[3, -1], teacher_layer=[0, 1]) == [
+        "student_layer: of 4 layers, layer 3 is listed twice under two numbers"
+    ]
     (said,) = wrong("llama", "llama", position="first")
     assert said == "position first: of a causal model it sees nothing but itself; mean and all say more"
 

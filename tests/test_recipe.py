@@ -119,6 +119,11 @@ CHANGES = [
     ("recipe: halved", "recipe: halved\nequal: step", "equal: 'step' is not one of steps, tokens, flops, seconds; did"),
     ("recipe: halved", "recipe: halved\nengine: {zero: 4}", "engine.zero: 4 is not one of 0, 1, 2, 3"),
     ("recipe: halved", "recipe: halved\nengine: [1]", "engine: expected keys and values, found a list"),
+    (
+        "recipe: halved",
+        "recipe: halved\nengine: {deepspeed: {zero_optimization: {stage: 3}}}",
+        "engine.deepspeed: zero_optimization.stage is what engine.zero says",
+    ),
     ("recipe: halved", "recipe: halved\n1: 2", "key '1' is not text"),
     ("some/model", "{from: []}", "models.teacher.from: at least 1 needed, found 0"),
     ("some/model", "{from: a, sha256: abc}", "64 hexadecimal digits"),
@@ -136,6 +141,8 @@ CHANGES = [
         "no model or earlier stage 'nobody'; known: tea",
     ),
     ("layers: [0, 1]}", "layers: two}", "layers: expected a whole number or a list, found text 'two'"),
+    ("layers: [0, 1]}", "layers: [0, 0.5]}", "cut.layers.1: expected a whole number, found 0.5"),
+    ("layers: [0, 1]}", "layers: []}", "cut.layers: at least 1 needed, found 0"),
     (
         "layers: [0, 1]}}",
         "layers: [0]}, from: teacher}",
@@ -146,9 +153,12 @@ CHANGES = [
     ("heads: 12", "head: 12", "stages.student.train.loss.0.relation_kl: no key 'head'; did you mean 'heads'?"),
     ("target: t,", "target: tt,", "relation_kl.target: no target 'tt'; did you mean 't'?"),
     ("heads: 12", "heads: {qq: x}", "relation_kl.heads.qq: expected a whole number, found text 'x'"),
+    ("heads: 12", "heads: 0", "relation_kl.heads: must be greater than 0, found 0"),
+    ("heads: 12", "heads: {qq: 0}", "relation_kl.heads.qq: must be greater than 0, found 0"),
     ("heads: 12", "heads: 12, weight: {points: []}", "weight: points: at least one"),
     ("heads: 12", "heads: 12, teacher_layer: first", "expected a whole number or last, found text 'first'"),
     ("optim: &adam {batch: 16}", "optim: &adam {name: adam, batch: 16}", "'adam' is not one of adamw; did you mean"),
+    ("lr: 0.001\n", "lr: {points: [[0, 0.1], [9, -0.1]]}\n", "lr: a learning rate of -0.1 would climb the loss"),
     ("lr: 0.001\n", "lr: '1e-3'\n", "lr: expected a number or {unit:"),
     ("    lr: 0.001\n", "", "stages.student.train: 'lr' is needed"),
     (

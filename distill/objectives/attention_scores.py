@@ -43,7 +43,7 @@ class AttentionMSE(Value):
 
     def check(self, student, target) -> list[str]:
         models = {"student": student, "teacher": target}
-        wrong = [what for pair in self.pairs for what in layers.beyond(pair, student, target)]
+        wrong = layers.beyond([tuple(map(layers.number, pair)) for pair in self.pairs], student, target)
         return wrong + (relation.untapped(models) or relation.unlike(models) + relation.unequal_attention(models))
 
     def count(self, batch) -> dict:

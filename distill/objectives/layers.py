@@ -34,12 +34,17 @@ def paired(student, teacher) -> list[tuple]:
     return list(zip(listed(student), listed(teacher), strict=True))
 
 
-def beyond(pair: tuple, student, target) -> list[str]:
-    """What is wrong with a layer of the student and one of its teacher."""
-    return [
-        *mistakes("student_layer", pair[0], student),
-        *mistakes("teacher_layer", pair[1], target),
+def beyond(pairs: list[tuple], student, target) -> list[str]:
+    """What is wrong with layers of the student and those of its teacher."""
+    wrong = [
+        what
+        for own, its in pairs
+        for what in (*mistakes("student_layer", own, student), *mistakes("teacher_layer", its, target))
     ]
+    named = [own if isinstance(own, str) else own % student.layers for own, _ in pairs]
+    if not wrong and (twice := next((own for own in named if named.count(own) > 1), None)) is not None:
+        wrong.append(f"student_layer: of {student.layers} layers, layer {twice} is listed twice under two numbers")
+    return wrong
 
 
 def named(layer) -> str:

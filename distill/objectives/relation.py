@@ -76,7 +76,7 @@ class RelationKL(Value):
         return Needs(*(frozenset(Tap(role, layer) for role in read) for layer in sides))
 
     def check(self, student, target) -> list[str]:
-        wrong = layers.beyond((self.student_layer, self.teacher_layer), student, target)
+        wrong = layers.beyond([(self.student_layer, self.teacher_layer)], student, target)
         models = {"student": student, "teacher": target}
         if outside := untapped(models):
             return wrong + outside

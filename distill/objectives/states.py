@@ -63,7 +63,7 @@ class Hidden(Value):
         return Needs(*sides, view=self.view)
 
     def check(self, student, target) -> list[str]:
-        wrong = [what for pair in self.pairs for what in layers.beyond(pair, student, target)]
+        wrong = layers.beyond(self.pairs, student, target)
         widths = [facts.widths["hidden"] for facts in (student, target)]
         if widths[0] != widths[1] and not self.project:
             wrong.append(

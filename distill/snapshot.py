@@ -143,10 +143,14 @@ def _write_file(path: Path, shapes: Shapes, tensors: Iterable[Tensor], dtype: to
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     written = hashlib.sha256()
-    with open(path, "wb") as file:
-        for block in _blocks(struct.pack("<Q", len(text)) + text, tensors):
-            file.write(block)
-            written.update(block)
+    try:
+        with open(path, "wb") as file:
+            for block in _blocks(struct.pack("<Q", len(text)) + text, tensors):
+                file.write(block)
+                written.update(block)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failing write does not know its file
+        raise
     return {"size": path.stat().st_size, "sha256": written.hexdigest()}
 
 

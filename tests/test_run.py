@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
 
+from distill import snapshot
 from growth.files import sha256
 
 STEPS = 8
@@ -119,6 +121,12 @@ def test_nothing_that_happens_on_the_way_changes_the_outcome(place, whole):
     logs = [(place / out / "student/log.jsonl").read_text().splitlines() for out in ("hard", "whole")]
     seen = [[(e["step"], e["tokens"], e["terms"], e["grad_norm"]) for e in map(json.loads, log)] for log in logs]
     assert seen[0] == seen[1] and len(seen[0]) == STEPS
+
+
+def test_a_rank_that_finds_the_disk_full_says_for_which_file():
+    """Its own one of a local snapshot; the first rank, which owns the directory, says more."""
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        snapshot._write_file(Path("/dev/full"), {"a": (3,)}, [torch.ones(3)])
 
 
 def test_two_ranks_on_another_stage_make_the_same_student(place, whole):

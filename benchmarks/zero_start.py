@@ -1,10 +1,11 @@
-"""What a rank holds while a student comes to be under ZeRO 3: whole on every rank once, and in shares.
+"""What a rank holds while a student comes to be and is exported under ZeRO 3: whole, and in shares.
 
     OMP_NUM_THREADS=1 python benchmarks/zero_start.py [--hidden 512] [--layers 8] [--vocab 4000] [--ranks 2]
 
 A causal student, mapped from its file, on its way to the first step of training: what no loss reaches is found, then
 the engine is made. Memory is anonymous, which stands for that of a device; the file's pages are the system's. `whole`
-is how it was until then: all of it copied to the device, for DeepSpeed to cut. In the number of largest tensors.
+is how it was until then: all of it copied to the device, for DeepSpeed to cut, and all masters gathered before a file
+is written. In the number of largest tensors; exporting is above what was kept.
 """
 
 from __future__ import annotations
@@ -61,13 +62,31 @@ def start(path: Path, precision: str, whole: bool) -> tuple[engine.Engine, int, 
     return made, first.most, second.most
 
 
+def export(made: engine.Engine, path: Path, whole: bool) -> int:
+    """The most memory held meanwhile, above what was held before."""
+
+    def write(masters: dict) -> None:
+        models.export(path, {name.removeprefix("student."): make for name, make in masters.items()}, path / "model")
+
+    with Rise() as rise:
+        if whole:
+            found = {name: tensor for name, tensor in made.state("master") if world.rank() == 0}
+            world.first(lambda: write({name: lambda x=tensor: x for name, tensor in found.items()}))
+        else:
+            made.lend(write)
+    return rise.bytes
+
+
 def rank(given) -> None:
     torch.set_num_threads(1)
-    start(given.place / "small", given.precision, False)[0].close()  # what is imported late is not the model's
+    small, student, whole = given.place / "small", given.place / "student", given.way == "whole"
+    first, *_ = start(small, given.precision, False)  # what is imported late is not the model's
+    export(first, small, False)
+    first.close()
     before = resident()
-    made, *most = start(given.place / "student", given.precision, given.way == "whole")
+    made, *most = start(student, given.precision, whole)
     sizes = [p.ds_numel for p in made.engine.module.parameters()]
-    numbers = [4 * sum(sizes), *(n - before for n in (*most, resident()))]
+    numbers = [4 * sum(sizes), *(n - before for n in (*most, resident())), export(made, student, whole)]
     row = [given.way, str(world.rank()), *(f"{n / (4 * max(sizes)):.1f}" for n in numbers)]
     print("\t".join(row), flush=True)
 
@@ -89,7 +108,7 @@ def main() -> None:
         rows = [
             row for way in ("whole", "in shares") for row in said_by_ranks(Path(place), "--way", way, ranks=given.ranks)
         ]
-    heads = ["student", "rank", "weights, float32", "most before the engine", "while it is made", "kept"]
+    heads = ["student", "rank", "weights, float32", "most before the engine", "while it is made", "kept", "exporting"]
     table(heads, rows, title=f"{given.precision}, in largest tensors")
 
 

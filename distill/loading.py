@@ -33,6 +33,7 @@ HEADS = {"mlm": transformers.MODEL_FOR_MASKED_LM_MAPPING, "causal": transformers
 CLASSIFIERS = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 WORDS = {"mlm": "masked-language-model", "causal": "causal-language-model", "classify": "classification"}
 ENCODERS = {"t5": "T5EncoderModel"}  # of encoder-decoder families the encoder is what we take
+UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError)  # raised over bad configs
 REAL = ("F64", "F32", "F16", "BF16")
 BUFFERS = re.compile(r"(position_ids|token_type_ids|inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 
@@ -88,14 +89,18 @@ def configuration(source: Path | dict, where: Path | str = "the config"):
         )
     family = source.get("model_type")
     if (
-        family not in transformers.CONFIG_MAPPING
+        not isinstance(family, str)
+        or family not in transformers.CONFIG_MAPPING
         or transformers.CONFIG_MAPPING[family] not in transformers.MODEL_MAPPING
     ):
         raise UserError(f"{where}: transformers knows no model_type {family!r}")
+    named = source.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise UserError(f"{where}: architectures is {named!r}; a list of class names is expected")
     try:
         return transformers.CONFIG_MAPPING[family].from_dict(source)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{where}: not a {family} config: {' '.join(str(error).split())[:300]}") from error
+    except (*UNFIT, StrictDataclassError) as error:
+        raise UserError(f"{where}: not a {family} config: {reason(error)}") from error
 
 
 @functools.cache
@@ -141,10 +146,14 @@ def skeleton(build: type, config, options: dict) -> nn.Module:
     try:
         with quiet(), torch.device("meta"):
             return build(copy.deepcopy(config), **options)  # T5's encoder rewrites its config
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(
-            f"no {build.__name__} can be built from its config: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except UNFIT as error:
+        raise UserError(f"no {build.__name__} can be built from its config: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What transformers says of a config that it cannot use."""
+    said = f"nothing is known as {error}" if isinstance(error, KeyError) else str(error)
+    return " ".join(said.split())[:300]
 
 
 def _compare(path: Path, checkpoint, expected: nn.Module) -> None:

@@ -109,9 +109,12 @@ def _shapes(base: nn.Module) -> dict[str, tuple[int, ...]]:
     for shape in MASKS:
         mask = shape and torch.zeros(shape, device="meta")
         reads = suppress(RuntimeError, ValueError, IndexError)
-        with reads, torch.no_grad(), taps.tap(base, [(role, -1) for role in roles]) as seen:
-            base(ids, attention_mask=mask)
-            return {role: tuple(value.shape) for (role, _), value in seen.items()}
+        try:
+            with reads, torch.no_grad(), taps.tap(base, [(role, -1) for role in roles]) as seen:
+                base(ids, attention_mask=mask)
+                return {role: tuple(value.shape) for (role, _), value in seen.items()}
+        except loading.UNFIT as error:
+            raise UserError(f"{type(base).__name__} cannot run as its config says: {loading.reason(error)}") from error
     raise UserError(f"{type(base).__name__} reads values of its mask, so it cannot be measured without its weights")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +171,9 @@ def test_a_pickle_is_never_opened(tmp_path):
     ("changes", "reason"),
     [
         ({"model_type": "nothing"}, "no model_type 'nothing'"),
+        ({"model_type": ["bert"]}, "no model_type"),
+        ({"hidden_act": "nothing"}, "no BertForMaskedLM can be built .* nothing is known as 'nothing'"),
+        ({"id2label": "x"}, "not a bert config"),
         ({"hidden_size": "wide"}, "not a bert config"),
         ({"num_attention_heads": 7}, "no BertForMaskedLM can be built .* multiple of the number of attention heads"),
         ({"num_hidden_layers": 5}, "lacks bert.encoder.layer.4"),
@@ -180,6 +184,14 @@ def test_a_config_that_transformers_cannot_read_is_refused(saved, changes, reaso
     describe(saved, **changes)
     with pytest.raises(UserError, match=reason):
         models.load(saved)
+
+
+@pytest.mark.parametrize("value", [None, -1, "x"])
+def test_a_config_with_any_one_value_broken_is_measured_or_refused(value):
+    sound = tiny.config("bert", num_hidden_layers=1).to_dict()
+    for key in sound:
+        with suppress(UserError):
+            models.facts({**sound, key: value})
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "causal"), ("llama", "mlm"), ("t5", "mlm")])

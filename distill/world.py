@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -18,6 +19,7 @@ from growth.errors import UserError
 
 T = TypeVar("T")
 FAILED = "stopped: another rank failed; what it had to say stands above"
+SPEAKS = 2.0  # seconds that a rank which failed has for its own message before the others say theirs
 LOST = re.compile(r"Connection (reset|closed)|Broken pipe|Timed out waiting")  # gloo's words
 COLLECTIVES = timedelta(minutes=30)  # of DeepSpeed, that all ranks come to at about the same time
 AGREEMENTS = timedelta(days=1)  # ours: one rank may have hours of work alone while the others wait for it
@@ -189,6 +191,7 @@ def raise_together(failure: BaseException | None) -> None:
     if failure is not None:
         raise failure
     if failed:
+        time.sleep(SPEAKS)
         raise UserError(FAILED)
 
 

@@ -17,7 +17,9 @@ import click
 import pytest
 from tiny import model, save, tokenizer
 
+from distill import launch, world
 from distill.cli import main
+from growth.errors import UserError
 
 BROKEN = """\
 recipe: broken
@@ -350,6 +352,19 @@ def test_when_one_rank_fails_the_others_end_and_its_message_comes_first():
     said, errors = launched(body).communicate(timeout=90)
     assert said == "1\n" and errors == "rank 1: error: disk full\n"
     assert time.monotonic() - began < 10
+
+
+def test_who_did_not_fail_speaks_after_the_one_that_did(monkeypatch):
+    """Under launchers that pass everything on as it comes."""
+    slept = []
+    monkeypatch.setattr(world, "agree", lambda *values: [1.0])
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(KeyError):
+        world.raise_together(KeyError())
+    assert not slept
+    with pytest.raises(UserError, match=launch.ECHO.removeprefix("error: ")):
+        world.raise_together(None)
+    assert slept == [world.SPEAKS]
 
 
 def test_a_rank_that_was_killed_is_named():

@@ -16,6 +16,7 @@ from math import prod
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from distill import changes, watch, world
@@ -69,6 +70,17 @@ def _overlay(below: dict, above: dict) -> dict:
         for k, v in below.items()
     }
     return {**above, **both}
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """What DeepSpeed does not understand stands in the recipe's own block."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+        raise UserError(f"engine.deepspeed: {key} must be {said}, found {first['input']!r}") from error
 
 
 def groups(module: nn.Module, weight_decay: float, phases: Mapping[str, Phases]) -> list[dict]:
@@ -191,9 +203,10 @@ class Engine:
         )  # fmt: skip
         # DeepSpeed gives parameters new, rounded data; what they hold now lives on here until its master has it
         exact = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad and self._rounds}
-        if self.stage == 3:
-            _cut(module, told, DTYPES[self.precision])
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=told, dist_init_required=False)
+        with _understood():
+            if self.stage == 3:
+                _cut(module, told, DTYPES[self.precision])
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=told, dist_init_required=False)
         self._base.state.clear()  # stage 0 in low precision has taken an empty step by now, and counted it
         self.accumulation = self.engine.gradient_accumulation_steps()
         if self._rounds:  # else the float32 masters would start from rounded weights

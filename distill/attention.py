@@ -79,6 +79,11 @@ class Listener:
         """Whether the layer that runs is the one listened to."""
         return self.turn in (None, self.run)
 
+    @property
+    def attends(self) -> bool:
+        """Whether something inside of attention is listened to."""
+        return bool(self.asked.keys() & set(IN_ATTENTION))
+
     def begin(self) -> None:
         self.armed, self.run = True, -1
 

@@ -26,6 +26,23 @@ def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = before
 
 
+@contextmanager
+def called(module: nn.Module, around: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, `around` is put around every call of the module: around its hooks, and around what is compiled of it.
+
+    torch keeps what a compiled module runs in an attribute, and runs it in the place of all else.
+    """
+    own = vars(module)  # past __setattr__: the wrapper that torch.compile makes hands attributes on to what is inside
+    before = own.get("_compiled_call_impl")
+    own["_compiled_call_impl"] = around(before or module._call_impl)
+    try:
+        yield
+    finally:
+        del own["_compiled_call_impl"]
+        if before is not None:
+            own["_compiled_call_impl"] = before
+
+
 class Recomputed:
     """A forward whose inside is not kept for backward but runs again there; `around` is put around it both times."""
 

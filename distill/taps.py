@@ -9,7 +9,8 @@ rotary embedding and query-key norms, keys and values with as many heads as the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from distill import classifiers, heads, layout, loading
 from distill.attention import IN_ATTENTION, Listener, Seen, Tap, heard_by
-from distill.forwards import Recomputed, replaced
+from distill.forwards import Recomputed, called, replaced
 from distill.heads import Logits, Mixture
 from distill.lowrank.module import deviations
 from distill.objectives.crossing import Scores
@@ -32,6 +33,10 @@ EMBEDDINGS = Tap("input", 0)  # what the first block is given
 OUTPUT = Tap("output", -1)  # what the base model hands on: the last hidden states, after a norm behind the blocks
 DEVIATIONS = Tap("deviations", -1)  # of all factors from the matrices that they came from [n]
 
+AS_WRITTEN = (
+    "{} is compiled as a whole, and inside a tap runs as if it were not; blocks compiled one by one stay compiled, "
+    "`for layer in model.encoder.layer: layer.compile()`, all but those whose attention is tapped"
+)
 BLOCKS = {"mpnet": "encoder.layer"}  # where they are in families whose blocks transformers does not mark as such
 
 
@@ -63,8 +68,7 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]], layers: int | None = 
     base, seen, asked = _base(model), Seen(), [Tap(*t) for t in taps]
     listeners = _listeners(base, [t for t in asked if t not in (OUTPUT, DEVIATIONS)], seen, layers)
     with ExitStack() as undo:
-        if _compiled(model):
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        _as_written(model, base, listeners, undo)
         for (block, _), listener in listeners.items():
             _attach(block, listener, undo)
         undo.callback(base.register_forward_pre_hook(lambda *_: _begin(seen, listeners.values())).remove)
@@ -80,6 +84,7 @@ def tap(model: nn.Module, taps: Iterable[tuple[str, int]], layers: int | None = 
                 listener.armed, listener.seen = False, Seen()  # a checkpoint's graph must not hold what holds the graph
 
 
+@torch.compiler.disable  # a graph around it would go past it
 def trace(
     model: nn.Module,
     batch: dict[str, Tensor],
@@ -153,9 +158,21 @@ def _finish(model: nn.Module, seen: Seen, listeners: Iterable[Listener], run: tu
             )
 
 
-def _compiled(model: nn.Module) -> bool:
-    """Whether some of it is; what was compiled without hooks does not know them, so a tapped model runs as written."""
-    return isinstance(model, OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules())
+def _as_written(model: nn.Module, base: nn.Module, listeners: dict[tuple, Listener], undo: ExitStack) -> None:
+    """What is compiled runs uncompiled if it is no block: its graph would go past what is done here.
+
+    So do blocks whose attention is tapped. Compiled they could be, but then all of their parameters have gradients, of
+    zeros where there should be none, and what is behind the attention goes backward for nothing.
+    """
+    compiled = [m for m in model.modules() if isinstance(m, OptimizedModule) or m._compiled_call_impl]
+    around = {m: block for block in _outermost(base) for m in block.modules()} if compiled else {}
+    entered = {block for (block, _), listener in listeners.items() if listener.attends}
+    for module in compiled:
+        if around.get(module) in {None, *entered}:
+            plain = module._orig_mod.__call__ if isinstance(module, OptimizedModule) else module._call_impl
+            undo.enter_context(called(module, lambda _, plain=plain: plain))
+        if module not in around:
+            warnings.warn(AS_WRITTEN.format(type(plain.__self__).__name__), stacklevel=4)
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -241,19 +258,24 @@ def _listeners(base: nn.Module, taps: list[Tap], seen: Seen, whole: int | None) 
 
 
 def _attach(block: nn.Module, listener: Listener, undo: ExitStack) -> None:
-    if listener.turn is not None:
-        undo.callback(block.register_forward_pre_hook(lambda *_: listener.next()).remove)
-    if listener.asked.keys() & set(IN_ATTENTION):
+    if listener.attends:
         replace = _replaying if _recomputed(block) else _listening
         replace(block, listener, undo)
-    if "input" in listener.asked:
-        hook = block.register_forward_pre_hook(
-            lambda module, arguments, named: listener.record("input", _given(arguments, named)), with_kwargs=True
-        )
-        undo.callback(hook.remove)
-    if "hidden" in listener.asked:
-        hook = block.register_forward_hook(lambda module, arguments, output: listener.record("hidden", _first(output)))
-        undo.callback(hook.remove)
+    undo.enter_context(called(block, partial(_passing, listener=listener)))
+
+
+def _passing(run: Callable, listener: Listener) -> Callable:
+    """Listen to what goes into a block and what comes out."""
+
+    def passes(*arguments, **named):
+        listener.next()
+        if "input" in listener.asked:
+            listener.record("input", _given(arguments, named))
+        output = run(*arguments, **named)
+        listener.record("hidden", _first(output))
+        return output
+
+    return passes
 
 
 def _recomputed(block: nn.Module) -> bool:

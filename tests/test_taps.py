@@ -9,11 +9,13 @@ import tiny
 import torch
 import transformers
 from launch import launch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distill import taps
+from distill import layout, taps
 from distill.attention import IMPLEMENTATIONS, PREFIX, _running, choose
 from distill.models import facts
 from distill.objectives.segments import Sight
@@ -47,7 +49,8 @@ def test_a_tapped_model_says_the_same_to_the_bit_and_keeps_nothing(family, atten
         during = outputs(model, batch)
     assert torch.equal(during, before) and set(seen) == set(EVERY)
     assert model.config._attn_implementation == attention
-    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    ours = ("forward", "_compiled_call_impl")
+    assert not any(vars(m).keys() & ours or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def attend(model, layer, batch, seen):
@@ -279,25 +282,59 @@ def test_reentrant_checkpointing_is_refused():
 # Compiled models, and attention implementations that are not here
 
 
+def taken(model, batch):
+    """(what is tapped, gradients) of one forward and backward pass."""
+    model.zero_grad()
+    with tap(model, [*((role, -1) for role in taps.IN_ATTENTION), ("input", 0), ("hidden", 0)]) as seen:
+        model(**layout.inputs(model, batch))
+    sum(value.square().mean() for value in seen.values()).backward()
+    return dict(seen), [p.grad for p in model.parameters()]
+
+
+def assert_same(ours, theirs, **within):
+    assert ours[0].keys() == theirs[0].keys()
+    for key, value in ours[0].items():
+        assert_close(value, theirs[0][key], **within)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, **within)
+
+
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "blocks"])
-def test_a_compiled_model_is_tapped_as_if_it_were_not(how, used):
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+def test_a_model_compiled_as_a_whole_is_tapped_as_written_and_says_so(how, used):
     plain, compiled = (tiny.model("bert", num_hidden_layers=2) for _ in range(2))
-    batch, found = tiny.batch(*PADDED), []
-    for part in {"model.compile": [compiled], "blocks": taps.blocks(compiled)}.get(how, ()):
-        part.compile(backend="eager")
+    batch = tiny.batch(*PADDED)
     if how == "torch.compile":
         compiled = torch.compile(compiled, backend="eager")
+    else:
+        compiled.compile(backend="eager")
     if used:
         outputs(compiled, batch)
-    for model in (plain, compiled):
-        with tap(model, [(role, -1) for role in ROLES]) as seen:
-            outputs(model, batch)
-        sum(value.square().mean() for value in seen.values()).backward()
-        found.append((dict(seen), [p.grad for p in model.parameters()]))
-    (ours, gradients), (theirs, expected) = found
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    with pytest.warns(UserWarning, match="BertModel is compiled as a whole, and inside a tap runs as if it were not"):
+        found = taken(compiled, batch)
+    assert_same(found, taken(plain, batch), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_compiled_blocks_stay_compiled_in_a_tap_whatever_the_length(family):
+    """All but the last, whose attention is tapped: one graph, and one more when lengths begin to differ.
+
+    Compiled, the last would have gradients of zeros behind its attention.
+    """
+    plain, compiled = (tiny.model(family, num_hidden_layers=3).double() for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    counted = CompileCounterWithBackend("aot_eager")
+    for block in taps.blocks(compiled):
+        block.compile(backend=counted)
+    graphs = []
+    for lengths in ([[6, 5], [9]], [[4, 3], [7]], [[9, 8], [5]], [[2, 8], [13]]):
+        batch = tiny.batch(lengths, max(map(sum, lengths)))
+        assert_same(taken(compiled, batch), taken(plain, batch), atol=1e-9, rtol=1e-9)
+        graphs.append(counted.frame_count)
+    assert graphs == [1, 2, 2, 2] and not counters["graph_break"]
 
 
 def test_flash_attention_gets_what_it_asks_for(monkeypatch):

@@ -75,6 +75,7 @@ class SparseLowRank(nn.Module):
         super().__init__()
         self.B, self.A = (nn.Parameter(f.contiguous()) for f in (factors.B, factors.A))  # an SVD's lie by columns
         self.bias, self.scale = bias, factors.scale
+        self.sizes = (*factors.shape, self.A.shape[0], factors.indices.numel())  # ZeRO 3 takes those of weights
         # two dimensions: entries of a matrix decay, vectors do not (engine.groups)
         self.values = nn.Parameter(factors.values[None]) if factors.values.numel() else None  # [1, n]
         self.register_buffer("indices", factors.indices, persistent=False)
@@ -89,8 +90,7 @@ class SparseLowRank(nn.Module):
         return _Product.apply(x, self.B, self.A, self.values, self.bias, self.indices, self.scale)
 
     def extra_repr(self) -> str:
-        (out, rank), n = self.B.shape, self.indices.numel()
-        return f"{self.A.shape[1]} -> {out}, rank {rank}, {n} values"
+        return "{1} -> {0}, rank {2}, {3} values".format(*self.sizes)
 
 
 def deviations(module: nn.Module) -> Tensor:

@@ -14,19 +14,15 @@ from distill.specs import Positive
 class Augment(DataOp):
     """Beside every text to train on, copies in which some words are others of the tokenizer's vocabulary.
 
-    As TinyBERT augments (Jiao et al. 2019, arXiv 1909.10351), but with words drawn at random, common ones more often,
-    and no further model: a teacher's states are worth matching on any text. For losses that learn from a teacher, not
-    from the words.
+    As TinyBERT augments (Jiao et al. 2019, arXiv 1909.10351), but with words drawn at random and no further model:
+    a teacher's states are worth matching on any text. For losses that learn from a teacher, not from the words.
     """
 
     copies: Positive = Field(1, description="of each text")
-    share: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="of a copy's words that are others")
-    keep: Annotated[int, Field(ge=0)] = Field(
-        200, description="the commonest words of the vocabulary, which hold sentences together, stay"
-    )
+    share: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="of the words of a copy that are others")
     seed: int = Field(0, description="of the words that are drawn")
 
     def apply(self, src: Path, out: Path, context) -> dict[str, Any]:
         from distill.refine.rewriting import augment
 
-        return augment(src, out, self.copies, self.share, self.keep, self.seed)
+        return augment(src, out, self.copies, self.share, self.seed)

@@ -6,8 +6,6 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,64 +40,38 @@ def retokenize(src: Path, out: Path, tokenizer=None, *, train=None, length: int 
     return {"rows": made["rows"], "tokens": {side: about["tokens"] for side, about in made["sides"].items()}}
 
 
-def augment(
-    src: Path, out: Path, copies: int = 1, share: float = 0.4, keep: int = 200, seed: int = 0
-) -> dict[str, Any]:
+def augment(src: Path, out: Path, copies: int = 1, share: float = 0.4, seed: int = 0) -> dict[str, Any]:
     """The texts of the corpus in `src`, and of those to train on copies with this share of their words replaced.
 
-    The vocabulary's first `keep` words stay. What is held out stays as it is.
+    What is held out stays as it is.
     """
     manifest, draw = store.read_manifest(src), random.Random(seed)
     tokenizer = corpus.open(src).tokenizer
-    vocabulary = tokenizer.get_vocab()
-    words = Words.of(whole_words(sorted(vocabulary, key=vocabulary.get)), keep)
+    words = whole_words(tokenizer.get_vocab())
 
     def copied(text: str) -> list[str]:
-        return [words.instead(text, share, draw) for _ in range(copies)]
+        return [reworded(text, words, share, draw) for _ in range(copies)]
 
     with files.committed(out, overwrite=True) as directory:
         texts = _copied(src, directory, manifest, copied)
-        request = {"augment": [copies, share, keep, seed], "of": manifest["digest"]}
+        request = {"augment": [copies, share, seed], "of": manifest["digest"]}
         fill(directory, texts, tokenizer, manifest["length"], manifest["packing"], request)
-    return {"rows": store.read_manifest(out)["rows"], "words": len(words.others)}
+    return {"rows": store.read_manifest(out)["rows"], "words": len(words)}
 
 
-@dataclass(frozen=True)
-class Words:
-    """Which words stay, and which ones stand in for the others, by chance."""
-
-    stay: frozenset[str]  # in small letters
-    others: list[str]
-    until: list[float]  # sums of chances up to each of `others`
-
-    @classmethod
-    def of(cls, words: list[str], keep: int) -> Words:
-        """`words` from common to rare: vocabularies are in that order, and a word's share falls as its rank (Zipf)."""
-        others = [(rank, word) for rank, word in enumerate(words, 1) if rank > keep and len(word) >= SHORTEST]
-        if not others:
-            raise UserError(
-                f"augment draws words from the tokeniser's vocabulary, which has {len(words)}, all but the first "
-                f"{keep}; lower `keep`, or retokenize with a larger vocabulary"
-            )
-        chances = (1 / rank for rank, _ in others)
-        return cls(frozenset(map(str.lower, words[:keep])), [word for _, word in others], list(accumulate(chances)))
-
-    def instead(self, text: str, share: float, draw: random.Random) -> str:
-        """Each word that does not stay is another one with this chance; what stands between words stays."""
-
-        def other(found: re.Match) -> str:
-            if found[0].lower() in self.stay or draw.random() >= share:
-                return found[0]
-            return draw.choices(self.others, cum_weights=self.until)[0]
-
-        return WORD.sub(other, text)
+def reworded(text: str, words: list[str], share: float, draw: random.Random) -> str:
+    """Each word is another one with this probability; what stands between words stays."""
+    return WORD.sub(lambda found: draw.choice(words) if draw.random() < share else found[0], text)
 
 
 def whole_words(pieces: Iterable[str]) -> list[str]:
-    """The words among the pieces of a vocabulary, in their order; where it marks what begins a word, only those."""
+    """The words of a vocabulary, sorted; where it marks what begins a word, only those."""
     pieces = list(pieces)
     begins = [piece[1:] for piece in pieces if piece.startswith(MARKED)] or pieces
-    return list(dict.fromkeys(piece for piece in begins if len(piece) > 1 and WORD.fullmatch(piece)))
+    words = sorted({piece for piece in begins if len(piece) >= SHORTEST and WORD.fullmatch(piece)})
+    if not words:
+        raise UserError("augment draws words from the tokeniser's vocabulary, and this one has none")
+    return words
 
 
 def _copied(

@@ -72,7 +72,7 @@ def training(path: Path, stage: str, logs: list[list[dict]]) -> None:
             for log in seeds:
                 _line(loss, log, lambda entry, term=term: entry["terms"].get(term), colour, term, dash, smooth=True)
         if _far_apart(seeds[0]):
-            loss.set_yscale("log")
+            _logarithmic(loss)
         for log in logs:
             _line(loss, log, lambda entry: entry.get("heldout"), "#222222", "held-out")
         for log in seeds:
@@ -98,6 +98,15 @@ def training(path: Path, stage: str, logs: list[list[dict]]) -> None:
 def _far_apart(log: list[dict]) -> bool:
     usual = [median(entry["terms"].get(term, first) for entry in log) for term, first in log[0]["terms"].items()]
     return min(usual) > 0 and max(usual) > APART * min(usual)
+
+
+def _logarithmic(panel) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _line(panel, log: list[dict], value, colour: str, label: str, dash="-", smooth: bool = False) -> None:

@@ -160,6 +160,17 @@ def test_report_json_has_the_documented_form(reported):
     assert socket.gethostname() not in (run / "report.json").read_text()
 
 
+def test_what_is_compared_item_by_item_has_a_sentence_of_its_own():
+    report = changed()
+    rows = [row["name"] for row in report["rows"] if row["role"] in ("student", "baseline")][:2]
+    student, other = sorted(rows, key=lambda name: name != "student")
+    told = {"row": student, "against": other, "measure": "probe", "difference": 0.25, "p": 0.001, "low": 0.125,
+            "high": 0.375, "items": 70, "of": "pairs"}  # fmt: skip
+    plain, paired = (words.sentences(report | {"comparisons": found}) for found in ([], [told]))
+    assert f"against {other}: probe" in plain[0] and f"against {other}: probe" not in paired[0]
+    assert f"{student} against {other}: probe +0.250 (95% interval +0.125 to +0.375; p 0.001; 70 pairs)." in paired
+
+
 def test_json_markdown_and_terminal_show_the_same_numbers(reported):
     run, terminal = reported
     found, terminal = json.loads((run / "report.json").read_text()), terminal.splitlines()

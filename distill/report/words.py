@@ -145,14 +145,20 @@ def _ratio(one: dict, other: dict, metric: str) -> float:
 
 
 def _against_others(report: dict, student: dict) -> Iterator[str]:
-    queries = [told["against"] for told in report["comparisons"]
-               if (told["row"], told["of"]) == (student["name"], "queries")]  # fmt: skip
     for other in _alike(report, student["on"]):
-        if other["role"] in BELOW and other["name"] not in queries:
-            shared = [n for n, facts in report["metrics"].items() if facts["quality"] and _both(student, other, n)]
-            if shared:
-                differences = ", ".join(_difference(report, student, other, name) for name in shared)
-                yield f"against {other['name']}: {differences}"
+        if other["role"] in BELOW and (shared := _unpaired(report, student, other)):
+            differences = ", ".join(_difference(report, student, other, name) for name in shared)
+            yield f"against {other['name']}: {differences}"
+
+
+def _unpaired(report: dict, student: dict, other: dict) -> list[str]:
+    """The metrics of both rows that have no sentence of their own, item by item; of rankers none."""
+    rows = student["name"], other["name"]
+    paired = {told["measure"]: told["of"] for told in report["comparisons"] if (told["row"], told["against"]) == rows}
+    if "queries" in paired.values():
+        return []
+    quality = (name for name, facts in report["metrics"].items() if facts["quality"] and facts["title"] not in paired)
+    return [name for name in quality if _both(student, other, name)]
 
 
 def _both(one: dict, other: dict, metric: str) -> bool:

@@ -175,8 +175,15 @@ def placed(module: nn.Module, stage: int) -> Iterator[Callable]:
         return
     before = [(p, p.data, dict(vars(p))) for p in module.parameters()]
     shared = Shared(module, torch.float32)
+
+    def kept(x: Tensor) -> Tensor | None:
+        """For a backward pass through losses alone: weights stand whole for a moment, and would live on in a graph."""
+        whole = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        return None if x.untyped_storage().data_ptr() in whole else x
+
     try:
-        yield shared
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
+            yield shared
     finally:
         shared.close()
         for p, data, own in before:

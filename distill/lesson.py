@@ -150,18 +150,13 @@ def freeze_unreachable(
     active = {name: fixed(objective, Progress(0, 1)) for name, objective in lesson.objectives.items()}
     for part in parts or (None,):
         taught = targets(batch, active)
-        with torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
-            total = sum((run or lesson)(batch, taught, active, part).values())
+        total = sum((run or lesson)(batch, taught, active, part).values())
         if not total.requires_grad:
             raise UserError("no loss reaches anything that is trained: the hooks freeze too much")
         reached |= _leaves(total)
     for p in lesson.parameters():
         p.requires_grad_(p in reached)
     return [name.removeprefix("student.") for name, p in lesson.named_parameters() if p not in reached]
-
-
-def _dropped(_) -> None:
-    """No backward pass follows: neither activations nor, under ZeRO 3, weights are kept for it."""
 
 
 def _leaves(total: Tensor) -> set[Tensor]:

@@ -243,9 +243,10 @@ def test_a_projection_is_drawn_from_the_seed_and_its_name():
 
 
 def test_projections_lie_beside_the_model_by_the_name_of_their_loss(tmp_path):
-    projections.write(tmp_path, {"student.a": torch.zeros(2)})
+    projections.write(tmp_path, {"student.a": lambda: torch.zeros(2)})
     assert not list(tmp_path.iterdir())
-    projections.write(tmp_path, {"student.a": torch.zeros(2), "projections.hidden.weight": torch.ones(3, 2)})
+    made = {"student.a": lambda: torch.zeros(2), "projections.hidden.weight": lambda: torch.ones(3, 2)}
+    projections.write(tmp_path, made)
     assert load_file(tmp_path / projections.FILE)["hidden.weight"].equal(torch.ones(3, 2))
 
 

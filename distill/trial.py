@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ class Trial(Stage):
         return Finding(what, f"the same terms to {apart:.0e}" if good else f"terms differ by {apart:.1%}", good)
 
     def _reached(self, frozen: list[str]) -> Finding:
-        learns = sum(p.numel() for p in self.lesson.parameters() if p.requires_grad)
+        learns = sum(map(prod, self.engine.shapes().values()))
         left = f"; no loss reaches {frozen[0]} and {len(frozen) - 1} more" if frozen else "; all of it"
         return Finding("learns", f"{count(learns)} of {count(self.cost.student.parameters)} parameters{left}")
 

@@ -234,12 +234,14 @@ def test_the_time_of_a_forecast_follows_the_rate_and_the_ranks(tiny):
 
 def test_a_check_tries_what_can_begin_on_a_real_batch_and_keeps_nothing(tiny):
     before = sorted(tiny.rglob("*"))
-    done = distill("check", "tiny.yaml", "corpora.text.heldout=0", cwd=tiny)
+    done = distill("check", "tiny.yaml", "corpora.text.heldout=0", "engine.zero=3", cwd=tiny)
     assert done.returncode == 0, done.stderr
     assert sorted(tiny.rglob("*")) == before
     told = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines() if "  " in line)
     assert told["batch"].startswith("8 rows") and told["target t"] == "in eval mode, frozen"
     assert all(float(told[what].split()[-1]) < 1e-5 for what in ("cut in halves", "documents apart"))
+    learns, of = re.match(r"([\d.]+) k of ([\d.]+) k ", told["learns"]).groups()
+    assert 0 < float(learns) < float(of)
     assert "no loss reaches encoder.layer.0" in told["learns"] and told["to expect"].endswith(" for 10 steps")
     assert "deeper: needs student" in done.stderr
 

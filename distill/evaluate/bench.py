@@ -6,6 +6,7 @@ import math
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
@@ -34,7 +35,7 @@ class Bench:
     def __init__(self, path: Path, teacher: Subject | None, rows: dict[str, str], context):
         self.path, self.teacher, self.rows, self.context = Path(path), teacher, rows, context
         self.predictions: dict[str, Tensor] = {}  # key of a subject -> the class it gives to every held-out row
-        self.similarities: dict[str, Tensor] = {}  # key of a subject -> the cosines of its pairs, float64 [N]
+        self.similarities: dict[str, np.ndarray] = {}  # key of a subject -> the cosines of its pairs, float64 [N]
 
     @property
     def scratch(self) -> str | None:
